@@ -1,0 +1,285 @@
+package alert
+
+import (
+	"bytes"
+	stdjson "encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// ErrNoAlert is what [Parse]'s errors wrap: the line is no alert.
+var ErrNoAlert = errors.New("no alert")
+
+// Parse reads one line of Falco's output, JSON or plain text. Its error says
+// what is wrong with the line and wraps [ErrNoAlert]; it never panics, and the
+// line, of which it keeps no part, may hold anything.
+func Parse(line []byte) (*Alert, error) {
+	line = bytes.TrimSpace(line)
+	if len(line) == 0 {
+		return nil, fmt.Errorf("%w: the line is empty", ErrNoAlert)
+	}
+	if line[0] == '{' {
+		return parseJSON(line)
+	}
+	return parseText(line, time.Now())
+}
+
+// decoder is kept between lines: at tens of thousands a second its buffers
+// are most of what parsing would allocate.
+type decoder struct {
+	buf bytes.Reader
+	dec *jsontext.Decoder
+}
+
+var decoders = sync.Pool{New: func() any {
+	d := &decoder{}
+	d.dec = jsontext.NewDecoder(&d.buf, jsontext.AllowInvalidUTF8(true))
+	return d
+}}
+
+func parseJSON(line []byte) (*Alert, error) {
+	raw := bytes.Clone(line)
+	a := &Alert{ID: IDOf(raw), Raw: raw, Source: SourceSyscall}
+	d := decoders.Get().(*decoder)
+	defer decoders.Put(d)
+	d.buf.Reset(raw)
+	d.dec.Reset(&d.buf, jsontext.AllowInvalidUTF8(true))
+	hasPriority, err := a.decode(d.dec)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoAlert, err)
+	}
+	if rest := bytes.TrimSpace(raw[d.dec.InputOffset():]); len(rest) > 0 {
+		return nil, fmt.Errorf("%w: %q stands behind the JSON object", ErrNoAlert, cut(string(rest), 40))
+	}
+	switch {
+	case !hasPriority:
+		return nil, fmt.Errorf(`%w: the JSON object has no "priority"`, ErrNoAlert)
+	case a.Rule == "" && !a.Text:
+		return nil, fmt.Errorf(`%w: the JSON object has no "rule"`, ErrNoAlert)
+	}
+	return a, nil
+}
+
+// decode reads the object's keys into a and reports whether there was a
+// priority. Keys that an alert does not have (Falcosidekick adds some) are
+// passed over.
+func (a *Alert) decode(dec *jsontext.Decoder) (hasPriority bool, err error) {
+	if _, err := dec.ReadToken(); err != nil { // the '{' that parseJSON saw
+		return false, err
+	}
+	for dec.PeekKind() != '}' {
+		key, err := dec.ReadToken()
+		if err != nil {
+			return false, err
+		}
+		switch name := key.String(); name {
+		case "rule":
+			a.Rule, err = readString(dec, name)
+		case "output":
+			a.Output, err = readString(dec, name)
+		case "hostname":
+			a.Hostname, err = readString(dec, name)
+		case "source":
+			var s string
+			if s, err = readString(dec, name); s != "" {
+				a.Source = s
+			}
+		case "time":
+			var s string
+			if s, err = readString(dec, name); err == nil {
+				// What can't be read is left zero: such an alert is stored
+				// and told, but too old to be acted on.
+				if t, perr := time.Parse(time.RFC3339Nano, s); perr == nil {
+					a.Time = t.UTC()
+				}
+			}
+		case "priority":
+			var s string
+			if s, err = readString(dec, name); err == nil && s != "" {
+				a.Priority, err = ParsePriority(s)
+				hasPriority = true
+			}
+		case "tags":
+			a.Tags, err = readStrings(dec)
+		case "output_fields":
+			switch k := dec.PeekKind(); k {
+			case '{':
+				var v jsontext.Value
+				if v, err = dec.ReadValue(); err == nil {
+					a.rawFields = bytes.Clone(v)
+				}
+			case 'n':
+				err = dec.SkipValue()
+			default:
+				err = wrongKind(dec, name, "an object")
+			}
+		case textKey:
+			k := dec.PeekKind()
+			a.Text = k == 't'
+			if err = dec.SkipValue(); a.Text {
+				a.Source = ""
+			}
+		default:
+			err = dec.SkipValue()
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	_, err = dec.ReadToken()
+	return hasPriority, err
+}
+
+func wrongKind(dec *jsontext.Decoder, key, want string) error {
+	k := dec.PeekKind()
+	if err := dec.SkipValue(); err != nil {
+		return err
+	}
+	return fmt.Errorf("%q is %s, where %s is expected", key, kindName(k), want)
+}
+
+func kindName(k jsontext.Kind) string {
+	switch k {
+	case 'n':
+		return "null"
+	case 't', 'f':
+		return "a boolean"
+	case '"':
+		return "a string"
+	case '0':
+		return "a number"
+	case '{':
+		return "an object"
+	case '[':
+		return "an array"
+	}
+	return "not JSON"
+}
+
+// readString reads a string, or null as "".
+func readString(dec *jsontext.Decoder, key string) (string, error) {
+	switch dec.PeekKind() {
+	case '"':
+		t, err := dec.ReadToken()
+		if err != nil {
+			return "", err
+		}
+		return t.String(), nil
+	case 'n':
+		return "", dec.SkipValue()
+	}
+	return "", wrongKind(dec, key, "a string")
+}
+
+func readStrings(dec *jsontext.Decoder) ([]string, error) {
+	switch dec.PeekKind() {
+	case 'n':
+		return nil, dec.SkipValue()
+	case '[':
+	default:
+		return nil, wrongKind(dec, "tags", "an array")
+	}
+	if _, err := dec.ReadToken(); err != nil {
+		return nil, err
+	}
+	var out []string
+	for dec.PeekKind() != ']' {
+		s, err := readString(dec, "tags")
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, s)
+	}
+	_, err := dec.ReadToken()
+	return out, err
+}
+
+// decodeFields decodes what parseJSON found valid.
+func decodeFields(raw []byte) map[string]any {
+	if len(raw) == 0 {
+		return nil
+	}
+	d := stdjson.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber()
+	var m map[string]any
+	if err := d.Decode(&m); err != nil {
+		return nil
+	}
+	return m
+}
+
+// textKey marks the JSON that stands for a plain-text line.
+const textKey = "text"
+
+// parseText reads "HH:MM:SS.nnnnnnnnn: Priority message", or the same with a
+// whole date in place of the time. A bare time is local and has no date: it is
+// the latest moment of that time of day that is not after now.
+func parseText(line []byte, now time.Time) (*Alert, error) {
+	if !utf8.Valid(line) {
+		line = bytes.ToValidUTF8(line, []byte("\uFFFD"))
+	}
+	s := string(line)
+	stamp, rest, ok := strings.Cut(s, ": ")
+	if !ok {
+		return nil, fmt.Errorf("%w: neither a JSON object nor a plain-text alert (time, colon, priority, message)", ErrNoAlert)
+	}
+	t, err := textTime(stamp, now)
+	if err != nil {
+		return nil, fmt.Errorf("%w: neither a JSON object nor a plain-text alert: %w", ErrNoAlert, err)
+	}
+	word, message, ok := strings.Cut(rest, " ")
+	if !ok {
+		return nil, fmt.Errorf("%w: the plain-text line has no message", ErrNoAlert)
+	}
+	p, err := ParsePriority(word)
+	if err != nil {
+		return nil, fmt.Errorf("%w: plain text: %w", ErrNoAlert, err)
+	}
+	a := &Alert{ID: IDOf(line), Priority: p, Time: t, Output: message, Text: true}
+	a.Raw, err = stdjson.Marshal(struct {
+		Output   string    `json:"output"`
+		Priority string    `json:"priority"`
+		Text     bool      `json:"text"`
+		Time     time.Time `json:"time"`
+	}{message, p.lower(), true, t})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoAlert, err)
+	}
+	return a, nil
+}
+
+func textTime(s string, now time.Time) (time.Time, error) {
+	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
+		return t.UTC(), nil
+	}
+	if t, err := time.Parse("2006-01-02T15:04:05.999999999-0700", s); err == nil { // Falco's time_format_iso_8601
+		return t.UTC(), nil
+	}
+	clock, err := time.Parse("15:04:05.999999999", s)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("%q is no time", cut(s, 40))
+	}
+	y, m, d := now.Date()
+	t := time.Date(y, m, d, clock.Hour(), clock.Minute(), clock.Second(), clock.Nanosecond(), now.Location())
+	if t.After(now) {
+		t = t.AddDate(0, 0, -1)
+	}
+	return t.UTC(), nil
+}
+
+// cut shortens s to at most n bytes for a message to a person.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n] + "…"
+}

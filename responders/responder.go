@@ -1,0 +1,167 @@
+// Package responders is what stoop can do about an alert: one file a responder,
+// all of them in [All], and the host that runs them.
+//
+// It is the last stop on an alert's way. The host takes steps from the stream
+// ACTIONS, finds the pod that is meant, asks the guards, lets the responder
+// act, publishes the next step of the chain, records the outcome, and only then
+// acknowledges. So a responder knows of none of this: it does one thing, once
+// or twice, and says what came of it.
+package responders
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"stoop/alert"
+	"stoop/broker"
+	"stoop/param"
+)
+
+// Responder does one kind of step.
+//
+// Act does what the request asks. It may run twice for one step (after a crash,
+// or when the first try failed half-way) and must not harm the second time;
+// what was so already is the status nothing, not an error. It honours the
+// context's deadline. Its errors:
+//
+//   - [Refuse]: it won't, whatever the number of tries.
+//   - [Retry]: the fault may pass; it is tried again with growing delays.
+//   - [ErrGone]: the target is not there any more; the outcome is nothing.
+//   - anything else: failed, and not tried again. Kubernetes' own errors may be
+//     returned as they are: the host knows which of them pass.
+type Responder interface {
+	Act(ctx context.Context, r *Request) (Result, error)
+}
+
+// Checker is a Responder that can tell beforehand, without touching anything,
+// that it won't act. It is asked in audit mode too.
+type Checker interface {
+	Check(ctx context.Context, r *Request) error
+}
+
+// Undoer is a Responder whose steps can be taken back. It trusts only the undo
+// record that its own Act returned, and taking back what is back already is the
+// status nothing.
+type Undoer interface {
+	Undo(ctx context.Context, u *UndoRequest) (Result, error)
+}
+
+// Entry is a responder in the registry: all that the rules, the
+// documentation, the chart and the host need to know of it.
+type Entry struct {
+	Name   string
+	Doc    string             // one sentence: what it does
+	Notes  string             // what to mind; for the documentation
+	Params *param.Description // with the defaults that are used
+	RBAC   []rbacv1.PolicyRule
+	Kind   Kind
+	Object Object // what a step of it acts on
+	// Deadline bounds one try of a step.
+	Deadline time.Duration
+	// Instead names the responder that takes the step's place when the
+	// owner's limit holds it back.
+	Instead string
+	// Lane names the destination that a step goes to, so that a hanging one
+	// holds up no other; nil means that all steps share one.
+	Lane func(params json.RawMessage) string
+	New  func(Env) Responder
+}
+
+// Kind is what a responder does to the world, and so which guards are asked.
+type Kind int
+
+// Harm is asked of every guard, evidence and notifications of none: they are
+// never suppressed.
+const (
+	Harm Kind = iota
+	Evidence
+	Notification
+)
+
+// Object is what a step acts on.
+type Object int
+
+// A step that acts on a pod gets it resolved and proved before its responder
+// is called.
+const (
+	NoObject Object = iota
+	PodObject
+)
+
+// Env is what responders are built with.
+type Env struct {
+	Kube    kubernetes.Interface // nil without a cluster; the host then never calls a responder that needs one
+	HTTP    *http.Client
+	Node    string
+	Cluster string
+	Data    string // the data folder
+	Log     *slog.Logger
+}
+
+// Request is one step for a responder.
+type Request struct {
+	Step   *broker.Step
+	Alert  *alert.Alert
+	Target alert.Target // resolved: what the alert left out is filled in
+	Pod    *corev1.Pod  // proved to be the one that raised the alert; for [PodObject]. Shared: not to be changed
+	// Resumed says that an earlier run of this very step was cut off after it
+	// was about to act: look at the world before acting, so that nothing is
+	// asked for twice.
+	Resumed bool
+}
+
+// Decode reads the step's parameters over the defaults in params.
+func (r *Request) Decode(params any) error { return param.Decode(r.Step.Params, params) }
+
+// UndoRequest asks to take a step back.
+type UndoRequest struct {
+	ID     string // the step's
+	Target alert.Target
+	Record json.RawMessage // what Act returned as [Result.Undo]
+	Actor  string          // who asks: a user, or "ttl"
+}
+
+// Result is what an act that did not fail came to.
+type Result struct {
+	Nothing bool              // it was so already
+	Reason  string            // a sentence for people; also what they should mind
+	Found   map[string]string // for the outcome and the later steps
+	// Undo is all that taking the step back will need; nil: it can't be, or
+	// nothing was done.
+	Undo json.RawMessage
+	// TTL is after how long the step is taken back by itself; 0: never.
+	TTL time.Duration
+}
+
+// ErrGone says that the target is not there any more.
+var ErrGone = errors.New("the target is gone")
+
+type refusal struct{ reason string }
+
+func (e *refusal) Error() string { return e.reason }
+
+// Refuse is the error of a responder that won't act, and why.
+func Refuse(format string, args ...any) error {
+	return &refusal{fmt.Sprintf(format, args...)}
+}
+
+type retryable struct {
+	err   error
+	after time.Duration
+}
+
+func (e *retryable) Error() string { return e.err.Error() }
+func (e *retryable) Unwrap() error { return e.err }
+
+// Retry marks a fault that may pass. after is how long the other side asks to
+// be left alone; 0: as long as the host thinks fit.
+func Retry(err error, after time.Duration) error { return &retryable{err, after} }
