@@ -60,15 +60,13 @@ func (p Priority) Urgent() bool { return p.AtLeast(Critical) }
 
 // ParsePriority reads a priority in any case; "Info" is Informational.
 func ParsePriority(s string) (Priority, error) {
-	switch strings.ToLower(s) {
-	case "info":
-		return Informational, nil
-	default:
-		for _, p := range Priorities() {
-			if strings.EqualFold(s, p.lower()) {
-				return p, nil
-			}
+	for p := Emergency; p <= Debug; p++ {
+		if strings.EqualFold(s, p.lower()) {
+			return p, nil
 		}
+	}
+	if strings.EqualFold(s, "info") {
+		return Informational, nil
 	}
 	return Debug, fmt.Errorf("unknown priority %q", cut(s, 32))
 }
