@@ -127,3 +127,37 @@ func IDOf(line []byte) string {
 	sum := sha256.Sum256(line)
 	return hex.EncodeToString(sum[:16])
 }
+
+// Distrust marks an alert as one that whoever runs a process may have forged,
+// as [Alert.Text] says of those that came as text. Raw says so too from then
+// on; the id stays that of the line.
+func (a *Alert) Distrust() {
+	if a.Text {
+		return
+	}
+	a.Text = true
+	dec := decoderOf(a.Raw)
+	defer release(dec)
+	marked := []byte(`{"` + textKey + `":true`)
+	if _, err := dec.ReadToken(); err != nil { // the '{'
+		return
+	}
+	for dec.PeekKind() != '}' {
+		key, err := dec.ReadValue()
+		if err != nil {
+			return
+		}
+		own := keyName(key) == textKey
+		if !own {
+			marked = append(append(append(marked, ','), key...), ':')
+		}
+		value, err := dec.ReadValue()
+		if err != nil {
+			return
+		}
+		if !own {
+			marked = append(marked, value...)
+		}
+	}
+	a.Raw = append(marked, '}')
+}
