@@ -1,0 +1,431 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"stoop/alert"
+)
+
+// Arrival is one line that came in on the pipe.
+type Arrival struct {
+	Alert    *alert.Alert // nil: the line is no alert
+	Unparsed []byte       // the line, when Alert is nil; it goes to falco.unparsed
+	Received time.Time    // when its last byte was read
+	Origin   Origin
+}
+
+// The headers of a stored alert. Only stoop publishes on these subjects, so a
+// reader may believe them.
+const (
+	HeaderID       = "Stoop-Id"       // the alert's id
+	HeaderReceived = "Stoop-Received" // when it arrived, in nanoseconds since 1970
+	HeaderOrigin   = "Stoop-Origin"
+)
+
+const (
+	// publishTimeout is when an unanswered publish counts as refused.
+	publishTimeout = 5 * time.Second
+	// maxLag bounds the alerts of a lane that are stored and not yet routed.
+	// When it is reached, Store waits, and the pipe sheds what is least
+	// urgent: so the streams never discard an alert that nobody has read.
+	maxLag      = 20_000
+	maxLagBytes = 32 << 20
+)
+
+// lane is one of the two streams of alerts, and how far the router is behind.
+type lane struct {
+	name   string
+	alerts atomic.Int64
+	bytes  atomic.Int64
+	moved  chan struct{} // a token when the router has caught up with some
+}
+
+func (l *lane) full() bool {
+	return l.alerts.Load() >= maxLag || l.bytes.Load() >= maxLagBytes
+}
+
+func (l *lane) stored(bytes int) {
+	l.alerts.Add(1)
+	l.bytes.Add(int64(bytes))
+}
+
+func (l *lane) routed(bytes int) {
+	l.alerts.Add(-1)
+	l.bytes.Add(-int64(bytes))
+	select {
+	case l.moved <- struct{}{}:
+	default:
+	}
+}
+
+// room waits until the router has caught up enough for another alert.
+func (l *lane) room(ctx context.Context) error {
+	for l.full() {
+		select {
+		case <-l.moved:
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %d alerts wait to be routed: %w", l.name, l.alerts.Load(), context.Cause(ctx))
+		}
+	}
+	// The token may have been another's: pass it on.
+	select {
+	case l.moved <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+func (b *Broker) lane(urgent bool) *lane {
+	if urgent {
+		return b.lanes[0]
+	}
+	return b.lanes[1]
+}
+
+// Unrouted is how many alerts are stored and wait for the router.
+func (b *Broker) Unrouted() int64 { return b.lanes[0].alerts.Load() + b.lanes[1].alerts.Load() }
+
+// Store stores the arrivals in order and returns how many of them, from the
+// first, are stored: fewer than all only with an error that says why the next
+// one was refused. An arrival that an earlier process stored before it was
+// killed, and could not take off the pipe, is not stored again.
+func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
+	type pending struct {
+		ack   jetstream.PubAckFuture // nil: stored before
+		lane  *lane
+		bytes int
+	}
+	acks := make([]pending, 0, len(batch))
+	var stop error
+	for i := range batch {
+		m := b.message(&batch[i])
+		l := b.lane(batch[i].Alert != nil && batch[i].Alert.Priority.Urgent())
+		if id := m.Header.Get(HeaderID); id != "" {
+			if _, ok := b.seen[id]; ok {
+				acks = append(acks, pending{})
+				continue
+			}
+		}
+		if stop = l.room(ctx); stop != nil {
+			break
+		}
+		ack, err := b.js.PublishMsgAsync(m)
+		if err != nil {
+			stop = err
+			break
+		}
+		l.stored(len(m.Data))
+		acks = append(acks, pending{ack, l, len(m.Data)})
+		for _, subject := range b.cfg.Mirror {
+			// Nobody waits for a mirror: it is for those who listen now.
+			if err := b.conn.PublishMsg(&nats.Msg{Subject: subject, Header: m.Header, Data: m.Data}); err != nil {
+				b.log.Warn("mirror an alert", "subject", subject, "error", err)
+			}
+		}
+	}
+	stored := 0
+	for i, p := range acks {
+		if p.ack == nil {
+			if stored == i {
+				stored++
+			}
+			continue
+		}
+		var err error
+		select {
+		case <-p.ack.Ok():
+			if stored == i {
+				stored++
+			}
+			continue
+		case err = <-p.ack.Err():
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		p.lane.routed(p.bytes)
+		if stored == i {
+			stop = fmt.Errorf("store an alert in %s: %w", p.lane.name, err)
+		}
+		if isStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
+			b.fail(err)
+		}
+	}
+	return stored, stop
+}
+
+func (b *Broker) message(a *Arrival) *nats.Msg {
+	m := &nats.Msg{Header: make(nats.Header, 3)}
+	m.Header[HeaderReceived] = []string{strconv.FormatInt(a.Received.UnixNano(), 10)}
+	m.Header[HeaderOrigin] = []string{string(a.Origin)}
+	if a.Alert == nil {
+		m.Subject, m.Data = alert.UnparsedSubject, a.Unparsed
+		return m
+	}
+	m.Subject, m.Data = a.Alert.Subject(), a.Alert.Raw
+	m.Header[HeaderID] = []string{a.Alert.ID}
+	return m
+}
+
+// seenMax is how many stored alerts are remembered from before a restart: more
+// than a pipe of 1 MiB holds.
+const seenMax = 8192
+
+// lastStored is the ids of the alerts that were stored last. A process that was
+// killed may have stored them and left them on the pipe.
+func (b *Broker) lastStored(ctx context.Context) (map[string]struct{}, error) {
+	seen := map[string]struct{}{}
+	for _, l := range b.lanes {
+		s, err := b.js.Stream(ctx, l.name)
+		if err != nil {
+			return nil, err
+		}
+		st := s.CachedInfo().State
+		if st.Msgs == 0 {
+			continue
+		}
+		start := st.FirstSeq
+		if st.LastSeq >= seenMax && st.LastSeq-seenMax+1 > start {
+			start = st.LastSeq - seenMax + 1
+		}
+		c, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
+			DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: start, HeadersOnly: true,
+		})
+		if err != nil {
+			return nil, err
+		}
+		err = drain(ctx, c, func(m jetstream.Msg) error {
+			if id := m.Headers().Get(HeaderID); id != "" {
+				seen[id] = struct{}{}
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read the last alerts of %s: %w", l.name, err)
+		}
+	}
+	return seen, nil
+}
+
+// drain hands over what a consumer has to give now, and returns at its end.
+func drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) error) error {
+	info, err := c.Info(ctx)
+	if err != nil {
+		return err
+	}
+	if info.NumPending == 0 {
+		return nil
+	}
+	it, err := c.Messages(jetstream.StopAfter(int(info.NumPending)))
+	if err != nil {
+		return err
+	}
+	defer it.Stop()
+	for range info.NumPending {
+		m, err := it.Next(jetstream.NextContext(ctx))
+		if errors.Is(err, jetstream.ErrMsgIteratorClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := each(m); err != nil {
+			return err
+		}
+		meta, err := m.Metadata()
+		if err == nil && meta.NumPending == 0 {
+			return nil
+		}
+	}
+	return nil
+}
+
+// Stored is an alert as it comes out of the stream.
+type Stored struct {
+	ID       string
+	Data     []byte // the JSON object
+	Received time.Time
+	StoredAt time.Time
+	Origin   Origin
+}
+
+func newStored(m jetstream.Msg) *Stored {
+	h := m.Headers()
+	s := &Stored{ID: h.Get(HeaderID), Data: m.Data(), Origin: Origin(h.Get(HeaderOrigin))}
+	if s.ID == "" {
+		return nil // falco.unparsed
+	}
+	if meta, err := m.Metadata(); err == nil {
+		s.StoredAt = meta.Timestamp
+	}
+	s.Received = s.StoredAt
+	if ns, err := strconv.ParseInt(h.Get(HeaderReceived), 10, 64); err == nil {
+		s.Received = time.Unix(0, ns).UTC()
+	}
+	return s
+}
+
+// routerConsumer is where the router stands in a lane. It acknowledges an
+// alert and with it all before: the router takes them in order.
+var routerConsumer = jetstream.ConsumerConfig{
+	Durable: "router", AckPolicy: jetstream.AckAllPolicy, MaxAckPending: 4 * maxLag,
+	AckWait: 30 * time.Second,
+}
+
+// openLane makes the lane's consumer where it is missing, and counts what an
+// earlier process left to be routed.
+func (b *Broker) openLane(ctx context.Context, stream string) (*lane, error) {
+	l := &lane{name: stream, moved: make(chan struct{}, 1)}
+	c, err := b.js.Consumer(ctx, stream, routerConsumer.Durable)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		// A new consumer would be given the whole history, and stoop would
+		// answer alerts of yesterday. What lies in the stream without a
+		// consumer was routed, or can't be told from what was.
+		cfg := routerConsumer
+		cfg.DeliverPolicy = jetstream.DeliverNewPolicy
+		c, err = b.js.CreateConsumer(ctx, stream, cfg)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("consumer %s of %s: %w", routerConsumer.Durable, stream, err)
+	}
+	info := c.CachedInfo()
+	l.alerts.Store(int64(info.NumPending) + int64(info.NumAckPending))
+	return l, nil
+}
+
+const (
+	// ackEvery is how often the router's progress is acknowledged. A crash
+	// routes the alerts of the last such while again; their steps are refused
+	// as there already.
+	ackEvery = 50 * time.Millisecond
+	// routeWindow bounds the alerts whose steps are on their way into
+	// ACTIONS.
+	routeWindow = 1024
+	// pullExpiry bounds how long a pull that got lost can hold a consumer up.
+	pullExpiry = 5 * time.Second
+)
+
+// RouteAlerts hands every stored alert of a lane to match, in the order in
+// which they were stored, and publishes the steps that it returns. An alert is
+// acknowledged when its steps are stored. It returns when ctx is done, or when
+// the store fails.
+func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step) error {
+	l := b.lane(urgent)
+	nc, err := b.Connect("router " + l.name)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	c, err := b.consumer(ctx, js, l.name, routerConsumer)
+	if err != nil {
+		return err
+	}
+	it, err := c.Messages(jetstream.PullMaxMessages(2000), jetstream.PullExpiry(pullExpiry))
+	if err != nil {
+		return fmt.Errorf("consume %s: %w", l.name, err)
+	}
+	defer it.Stop()
+
+	type routing struct {
+		msg  jetstream.Msg
+		acks []stepAck
+	}
+	window := make(chan routing, routeWindow)
+	done := make(chan error, 1)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() { // waits for the steps' acknowledgements, in order
+		tick := time.NewTicker(ackEvery)
+		defer tick.Stop()
+		var last jetstream.Msg
+		flush := func() {
+			if last != nil {
+				if err := last.Ack(); err != nil {
+					b.log.Warn("acknowledge alerts", "stream", l.name, "error", err)
+				}
+				last = nil
+			}
+		}
+		defer func() { flush(); _ = nc.FlushTimeout(time.Second) }()
+		for {
+			select {
+			case r, ok := <-window:
+				if !ok {
+					done <- nil
+					return
+				}
+				for _, ack := range r.acks {
+					if err := b.stepStored(ctx, ack); err != nil {
+						cancel(err)
+						done <- err
+						return
+					}
+				}
+				last = r.msg
+				l.routed(len(r.msg.Data()))
+			case <-tick.C:
+				flush()
+			}
+		}
+	}()
+	for {
+		m, err := it.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			close(window)
+			werr := <-done
+			if ctx.Err() != nil && werr == nil && context.Cause(ctx) == context.Canceled {
+				return nil
+			}
+			return errors.Join(err, werr)
+		}
+		r := routing{msg: m}
+		if s := newStored(m); s != nil {
+			for _, step := range match(s) {
+				r.acks = append(r.acks, b.publishStepAsync(step, urgent))
+			}
+		}
+		select {
+		case window <- r:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// consumer makes a durable consumer, or takes the one that is there over. What
+// an earlier process had been given and not acknowledged is given again at
+// once: the process is gone, there is nothing to wait for.
+func (b *Broker) consumer(ctx context.Context, js jetstream.JetStream, stream string, cfg jetstream.ConsumerConfig) (jetstream.Consumer, error) {
+	if c, err := js.Consumer(ctx, stream, cfg.Durable); err == nil {
+		cfg.DeliverPolicy = c.CachedInfo().Config.DeliverPolicy // can't be changed
+		if c.CachedInfo().NumAckPending == 0 {
+			return c, nil
+		}
+		hurry := cfg
+		hurry.AckWait = time.Millisecond
+		if _, err := js.CreateOrUpdateConsumer(ctx, stream, hurry); err != nil {
+			return nil, fmt.Errorf("consumer %s of %s: %w", cfg.Durable, stream, err)
+		}
+		// The server looks at its pending messages 100 ms after AckWait
+		// changed (nats-server, consumer.updateConfig).
+		select {
+		case <-time.After(150 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+	c, err := js.CreateOrUpdateConsumer(ctx, stream, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("consumer %s of %s: %w", cfg.Durable, stream, err)
+	}
+	return c, nil
+}

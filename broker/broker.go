@@ -1,0 +1,313 @@
+// Package broker is the embedded NATS server and its streams: where an alert
+// waits, safely on disk, between the pipe that read it and the responders that
+// answer it.
+//
+// ALERTS and ALERTS_URGENT hold what Falco wrote, ACTIONS one message for each
+// step that is to be done, OUTCOMES what became of it, and the bucket STATE
+// what must outlive a restart. The package knows what the messages look like
+// and how they are kept; what they mean is the business of its callers.
+package broker
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sys/unix"
+)
+
+// Config is how the broker is opened. The zero value of a limit is its default.
+type Config struct {
+	Dir        string        // the data folder; "" keeps everything in memory
+	Memory     bool          // keep the streams in memory although there is a Dir (its disk is full)
+	Sync       time.Duration // how often the files are synced to disk; default 1 s
+	SyncAlways bool          // after every message instead
+
+	AlertsAge    time.Duration // default 24 h
+	AlertsSize   int64         // bytes; default 256 MiB, a quarter of it for the urgent ones
+	OutcomesAge  time.Duration // default 720 h
+	OutcomesSize int64         // bytes; default 128 MiB
+
+	Mirror []string // further subjects that every alert is published on
+	Listen *Listen  // for NATS clients over the network; nil: nothing listens
+
+	Log *slog.Logger
+}
+
+func (c *Config) setDefaults() {
+	set := func(v *int64, d int64) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	set((*int64)(&c.Sync), int64(time.Second))
+	set((*int64)(&c.AlertsAge), int64(24*time.Hour))
+	set((*int64)(&c.OutcomesAge), int64(720*time.Hour))
+	set(&c.AlertsSize, 256<<20)
+	set(&c.OutcomesSize, 128<<20)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.memory() {
+		// Memory is dearer than disk: what is kept there is the latest only.
+		c.AlertsSize = min(c.AlertsSize, 32<<20)
+		c.OutcomesSize = min(c.OutcomesSize, 16<<20)
+	}
+}
+
+func (c *Config) memory() bool { return c.Dir == "" || c.Memory }
+
+// Broker is a running embedded server.
+type Broker struct {
+	cfg    Config
+	log    *slog.Logger
+	srv    *server.Server
+	lock   *os.File
+	tmp    string // the server's scratch folder, when there is no data folder
+	secret string // the password of the process's own connections
+	guest  string // the password of clients on the local socket
+
+	conn *nats.Conn // publishing
+	js   jetstream.JetStream
+
+	lanes  [2]*lane // urgent, other
+	seen   map[string]struct{}
+	queues queues
+	fault  faultLine
+	state  *State
+	closed sync.Once
+}
+
+// ErrLocked says that another process works on the data folder.
+var ErrLocked = errors.New("another stoop is running on this data folder")
+
+// startTimeout bounds how long opening may take; reading a large store back
+// from a slow disk is the long part.
+const startTimeout = time.Minute
+
+// Open starts the server, its streams and this process's connections to it.
+func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
+	cfg.setDefaults()
+	b := &Broker{cfg: cfg, log: cfg.Log, secret: rand.Text(), guest: rand.Text()}
+	b.fault.ch = make(chan struct{})
+	defer func() {
+		if err != nil {
+			b.Close()
+		}
+	}()
+	store, err := b.prepareDir()
+	if err != nil {
+		return nil, err
+	}
+	if err := b.startServer(store); err != nil {
+		return nil, err
+	}
+	if b.conn, err = b.Connect("broker"); err != nil {
+		return nil, err
+	}
+	if b.js, err = jetstream.New(b.conn, jetstream.WithPublishAsyncMaxPending(4096), jetstream.WithPublishAsyncTimeout(publishTimeout)); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := b.createStreams(ctx); err != nil {
+		return nil, err
+	}
+	if b.seen, err = b.lastStored(ctx); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// prepareDir makes and locks the data folder and returns the folder for the
+// server's files.
+func (b *Broker) prepareDir() (string, error) {
+	if b.cfg.Dir == "" {
+		tmp, err := os.MkdirTemp("", "stoop-")
+		b.tmp = tmp
+		return tmp, err
+	}
+	if err := os.MkdirAll(b.cfg.Dir, 0o700); err != nil {
+		return "", fmt.Errorf("data folder: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(b.cfg.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return "", fmt.Errorf("lock the data folder: %w", err)
+	}
+	b.lock = f
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return "", fmt.Errorf("%s: %w", b.cfg.Dir, ErrLocked)
+		}
+		return "", fmt.Errorf("lock the data folder %s: %w", b.cfg.Dir, err)
+	}
+	// Both folders are made while there is room: the one for memory is needed
+	// when there is none.
+	for _, d := range []string{"store", "memory"} {
+		if err := os.MkdirAll(filepath.Join(b.cfg.Dir, d), 0o700); err != nil {
+			return "", fmt.Errorf("data folder: %w", err)
+		}
+	}
+	if b.cfg.Memory {
+		return filepath.Join(b.cfg.Dir, "memory"), nil
+	}
+	return filepath.Join(b.cfg.Dir, "store"), nil
+}
+
+// maxPayload is the largest message. An alert is at most 1 MiB; a step carries
+// it and what the steps before found.
+const maxPayload = 4 << 20
+
+func (b *Broker) startServer(store string) error {
+	opts := &server.Options{
+		ServerName:         "stoop",
+		DontListen:         true,
+		NoSigs:             true,
+		NoSystemAccount:    true,
+		JetStream:          true,
+		StoreDir:           store,
+		JetStreamMaxStore:  b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize + 64<<20,
+		JetStreamMaxMemory: b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize,
+		SyncInterval:       b.cfg.Sync,
+		SyncAlways:         b.cfg.SyncAlways,
+		MaxPayload:         maxPayload,
+		MaxPending:         64 << 20,
+		Users: []*server.User{
+			{Username: userStoop, Password: b.secret},
+			{Username: userLocal, Password: b.guest, Permissions: clientPermissions()},
+		},
+	}
+	if err := b.cfg.Listen.apply(opts); err != nil {
+		return err
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		return fmt.Errorf("start the embedded NATS server: %w", err)
+	}
+	b.srv = srv
+	l := &serverLog{log: b.log.With("component", "nats")}
+	srv.SetLoggerV2(l, false, false, false)
+	srv.Start()
+	if !srv.ReadyForConnections(startTimeout) || l.fatal() != nil || !srv.JetStreamEnabled() {
+		if err := l.fatal(); err != nil {
+			return fmt.Errorf("start the embedded NATS server in %s: %w", store, err)
+		}
+		return fmt.Errorf("start the embedded NATS server in %s: not ready after %s", store, startTimeout)
+	}
+	return nil
+}
+
+// The names that connections go by.
+const (
+	userStoop = "stoop" // this process: may do everything
+	userLocal = "local" // a client on the local socket
+)
+
+// Connect opens a connection of this process's own to the server. Consumers
+// each have one, so that none waits behind another's messages.
+func (b *Broker) Connect(name string) (*nats.Conn, error) {
+	nc, err := nats.Connect("", nats.InProcessServer(b.srv), nats.Name(name),
+		nats.UserInfo(userStoop, b.secret),
+		// Clients may read _INBOX.>; what the process asks itself is not theirs.
+		nats.CustomInboxPrefix("_STOOP."+rand.Text()),
+		nats.MaxReconnects(-1), nats.ReconnectWait(10*time.Millisecond),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			b.log.Warn("connection to the embedded NATS server", "connection", name, "error", err)
+		}))
+	if err != nil {
+		return nil, fmt.Errorf("connect to the embedded NATS server: %w", err)
+	}
+	return nc, nil
+}
+
+// InMemory reports whether the streams are lost with the process.
+func (b *Broker) InMemory() bool { return b.cfg.memory() }
+
+// State is the bucket STATE.
+func (b *Broker) State() *State { return b.state }
+
+// Conn is the connection that the broker publishes on; subscribe and answer
+// requests on it, but nothing that blocks.
+func (b *Broker) Conn() *nats.Conn { return b.conn }
+
+// Close shuts the server down and gives the data folder back. Consumers must
+// have returned before; what was stored stays stored.
+func (b *Broker) Close() {
+	b.closed.Do(func() {
+		if b.conn != nil {
+			b.conn.Close()
+		}
+		if b.srv != nil {
+			b.srv.Shutdown()
+			b.srv.WaitForShutdown()
+		}
+		if b.lock != nil {
+			b.lock.Close()
+		}
+		if b.tmp != "" {
+			os.RemoveAll(b.tmp)
+		}
+	})
+}
+
+// faultLine is the first error that showed the store to be out of order.
+type faultLine struct {
+	mu  sync.Mutex
+	err error
+	ch  chan struct{}
+}
+
+// Failed is closed when the store has refused a write for a fault of its own (a
+// full disk, an input or output error). It then refuses for good until it is
+// opened again. [Broker.Err] says why.
+func (b *Broker) Failed() <-chan struct{} { return b.fault.ch }
+
+// Err is why the store failed, or nil.
+func (b *Broker) Err() error {
+	b.fault.mu.Lock()
+	defer b.fault.mu.Unlock()
+	return b.fault.err
+}
+
+func (b *Broker) fail(err error) {
+	b.fault.mu.Lock()
+	defer b.fault.mu.Unlock()
+	if b.fault.err == nil {
+		b.fault.err = err
+		close(b.fault.ch)
+	}
+}
+
+// serverLog writes the server's log lines into slog, and keeps what the server
+// thinks fatal: it would exit the process for it, and tells nobody else.
+type serverLog struct {
+	log *slog.Logger
+	mu  sync.Mutex
+	err error
+}
+
+func (l *serverLog) fatal() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
+}
+
+func (l *serverLog) Fatalf(format string, v ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.err = fmt.Errorf(format, v...)
+}
+func (l *serverLog) Noticef(f string, v ...any) { l.log.Debug(fmt.Sprintf(f, v...)) }
+func (l *serverLog) Warnf(f string, v ...any)   { l.log.Warn(fmt.Sprintf(f, v...)) }
+func (l *serverLog) Errorf(f string, v ...any)  { l.log.Error(fmt.Sprintf(f, v...)) }
+func (l *serverLog) Debugf(f string, v ...any)  { l.log.Debug(fmt.Sprintf(f, v...)) }
+func (l *serverLog) Tracef(f string, v ...any)  {}

@@ -1,0 +1,395 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"stoop/alert"
+)
+
+// StepID is the id of a step: the same for the same alert, rule and position,
+// whenever and however often it is made. variant tells apart a step that a
+// guard put in another's place; it is "" for a rule's own.
+func StepID(alertID, rule string, position int, variant string) string {
+	return alert.IDOf([]byte(alertID + "\x00" + rule + "\x00" + strconv.Itoa(position) + "\x00" + variant))[:20]
+}
+
+// StepSubject is where a step is published: one message a subject.
+func StepSubject(responder, id string) string { return "stoop.actions." + responder + "." + id }
+
+// OutcomeSubject is where the outcomes of a responder are published.
+func OutcomeSubject(responder string) string { return "stoop.outcomes." + responder }
+
+const (
+	// queueSteps and queueBytes bound what may wait for one responder. Past
+	// it, steps for alerts below Critical are given up, and for Critical and
+	// above past twice as much: a hanging destination must not fill the
+	// stream that the others' steps need.
+	queueSteps = 4096
+	queueBytes = 8 << 20
+	// redeliverAfter is when a step that nobody holds any more is given
+	// again; who works on one says so every keepEvery.
+	redeliverAfter = 10 * time.Second
+	keepEvery      = 3 * time.Second
+	// trimAbove is the size of ACTIONS from which on acknowledged steps are
+	// removed before their time.
+	trimAbove = 16 << 20
+)
+
+// queue counts the steps that wait for a responder.
+type queue struct{ steps, bytes atomic.Int64 }
+
+// queues are those of all responders.
+type queues struct {
+	mu sync.Mutex
+	of map[string]*queue
+}
+
+func (q *queues) get(responder string) *queue {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.of == nil {
+		q.of = map[string]*queue{}
+	}
+	if q.of[responder] == nil {
+		q.of[responder] = &queue{}
+	}
+	return q.of[responder]
+}
+
+// ErrQueueFull says that too many steps wait for a responder already.
+var ErrQueueFull = errors.New("too many steps wait for this responder already")
+
+// Waiting is how many steps wait for, or are with, a responder.
+func (b *Broker) Waiting(responder string) int64 { return b.queues.get(responder).steps.Load() }
+
+func (b *Broker) stepMsg(s *Step) (*nats.Msg, error) {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("step %s: %w", s.ID, err)
+	}
+	return &nats.Msg{Subject: StepSubject(s.Responder, s.ID), Data: data}, nil
+}
+
+// admit counts a step in, or refuses it.
+func (b *Broker) admit(s *Step, size int, urgent bool) error {
+	q := b.queues.get(s.Responder)
+	limit := int64(1)
+	if urgent {
+		limit = 2
+	}
+	if q.steps.Load() >= limit*queueSteps || q.bytes.Load() >= limit*queueBytes {
+		return fmt.Errorf("%s: %w (%d)", s.Responder, ErrQueueFull, q.steps.Load())
+	}
+	q.steps.Add(1)
+	q.bytes.Add(int64(size))
+	return nil
+}
+
+func (b *Broker) release(responder string, size int) {
+	q := b.queues.get(responder)
+	q.steps.Add(-1)
+	q.bytes.Add(-int64(size))
+}
+
+// stepAck is a step on its way into ACTIONS.
+type stepAck struct {
+	step *Step
+	size int
+	ack  jetstream.PubAckFuture // nil: given up
+}
+
+func (b *Broker) publishStepAsync(s *Step, urgent bool) stepAck {
+	m, err := b.stepMsg(s)
+	if err == nil {
+		err = b.admit(s, len(m.Data), urgent)
+	}
+	if err != nil {
+		b.giveUp(s, err)
+		return stepAck{step: s}
+	}
+	a := stepAck{step: s, size: len(m.Data)}
+	if a.ack, err = b.js.PublishMsgAsync(m); err != nil {
+		b.log.Warn("publish a step", "step", s.ID, "responder", s.Responder, "error", err)
+		a.ack = nil
+		b.release(s.Responder, a.size)
+		b.giveUp(s, err)
+	}
+	return a
+}
+
+// giveUp records a step that was never stored. It is told in full, as an
+// outcome: nothing that a rule asked for ends in silence.
+func (b *Broker) giveUp(s *Step, err error) {
+	o := s.Outcome(Failed, err.Error())
+	if perr := b.PublishOutcome(o); perr != nil {
+		b.log.Error("a step was given up, and its outcome could not be stored", "step", s.ID, "responder", s.Responder, "rule", s.Rule, "error", err)
+	}
+}
+
+// stepStored waits until a step is in ACTIONS. That it was there already is
+// the mark of an earlier run, and fine.
+func (b *Broker) stepStored(ctx context.Context, a stepAck) error {
+	if a.ack == nil {
+		return nil
+	}
+	var err error
+	select {
+	case <-a.ack.Ok():
+		return nil
+	case err = <-a.ack.Err():
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	b.release(a.step.Responder, a.size)
+	switch {
+	case isDuplicate(err):
+		return nil
+	case isFull(err):
+		b.trim(ctx)
+		stored, err := b.PublishStep(ctx, a.step)
+		if err != nil || !stored {
+			b.giveUp(a.step, err)
+		}
+		return nil
+	}
+	b.fail(err)
+	return fmt.Errorf("store step %s: %w", a.step.ID, err)
+}
+
+// PublishStep stores the next step of a chain and reports whether it was new.
+func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err error) {
+	m, err := b.stepMsg(s)
+	if err != nil {
+		return false, err
+	}
+	if err := b.admit(s, len(m.Data), true); err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	defer cancel()
+	if _, err = b.js.PublishMsg(ctx, m); err == nil {
+		return true, nil
+	}
+	b.release(s.Responder, len(m.Data))
+	if isDuplicate(err) {
+		return false, nil
+	}
+	if isStoreFault(err) {
+		b.fail(err)
+	}
+	return false, fmt.Errorf("store step %s for %s: %w", s.ID, s.Responder, err)
+}
+
+// PublishOutcome stores an outcome, and returns when it is stored.
+func (b *Broker) PublishOutcome(o Outcome) error {
+	data, err := json.Marshal(o)
+	if err != nil {
+		return fmt.Errorf("outcome of step %s: %w", o.ID, err)
+	}
+	ack, err := b.js.PublishMsgAsync(&nats.Msg{Subject: OutcomeSubject(o.Responder), Data: data})
+	if err != nil {
+		return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
+	}
+	select {
+	case <-ack.Ok():
+		return nil
+	case err = <-ack.Err():
+	case <-time.After(publishTimeout):
+		err = jetstream.ErrAsyncPublishTimeout
+	}
+	if isStoreFault(err) {
+		b.fail(err)
+	}
+	return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
+}
+
+// Outcome is the step's outcome so far; node, cluster and time are the
+// caller's to add.
+func (s *Step) Outcome(status Status, reason string) Outcome {
+	return Outcome{
+		ID: s.ID, Time: time.Now().UTC(), Alert: s.AlertID, Rule: s.Rule, Responder: s.Responder,
+		Status: status, Reason: reason, Target: s.Target, Rules: s.Rules, Took: s.Took,
+	}
+}
+
+// Delivery is a step that was given to a responder's consumer.
+type Delivery struct {
+	Step    *Step
+	Attempt int // from 1; a crash counts too
+	msg     jetstream.Msg
+	b       *Broker
+}
+
+// Ack says that the step is dealt with.
+func (d *Delivery) Ack() error {
+	d.b.release(d.Step.Responder, len(d.msg.Data()))
+	if err := d.msg.Ack(); err != nil {
+		return fmt.Errorf("acknowledge step %s: %w", d.Step.ID, err)
+	}
+	return nil
+}
+
+// Retry gives the step back, to be given again after delay.
+func (d *Delivery) Retry(delay time.Duration) error { return d.msg.NakWithDelay(delay) }
+
+func stepsConsumer(responder string) jetstream.ConsumerConfig {
+	return jetstream.ConsumerConfig{
+		Durable: responder, FilterSubject: StepSubject(responder, "*"),
+		AckPolicy: jetstream.AckExplicitPolicy, AckWait: redeliverAfter, MaxAckPending: 2 * queueSteps,
+	}
+}
+
+// OpenSteps makes a responder's consumer, before anything is routed to it, and
+// counts what an earlier process left for it.
+func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
+	c, err := b.js.Consumer(ctx, StreamActions, responder)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		c, err = b.js.CreateConsumer(ctx, StreamActions, stepsConsumer(responder))
+	}
+	if err != nil {
+		return fmt.Errorf("consumer %s of %s: %w", responder, StreamActions, err)
+	}
+	info := c.CachedInfo()
+	b.queues.get(responder).steps.Store(int64(info.NumPending) + int64(info.NumAckPending))
+	return nil
+}
+
+// ConsumeSteps hands the steps for a responder to handle, at most concurrency
+// of them at a time, until ctx is done; it returns when the last handle has.
+// handle ends each with Ack or Retry; one it ends with neither is given again.
+func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency int, handle func(context.Context, *Delivery)) error {
+	nc, err := b.Connect("responder " + responder)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	c, err := b.consumer(ctx, js, StreamActions, stepsConsumer(responder))
+	if err != nil {
+		return err
+	}
+	// One message at a time: what waits in the client's buffer is nobody's,
+	// and would be given again while it waits.
+	it, err := c.Messages(jetstream.PullMaxMessages(1), jetstream.PullExpiry(pullExpiry))
+	if err != nil {
+		return fmt.Errorf("consume the steps of %s: %w", responder, err)
+	}
+	defer it.Stop()
+
+	var running sync.WaitGroup
+	defer running.Wait()
+	held := &held{msgs: map[jetstream.Msg]struct{}{}}
+	keepCtx, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
+	var keeper sync.WaitGroup
+	keeper.Go(func() { held.keep(keepCtx) })
+	defer func() { running.Wait(); stopKeeping(); keeper.Wait(); _ = nc.FlushTimeout(time.Second) }()
+
+	slots := make(chan struct{}, concurrency)
+	for {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		m, err := it.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("consume the steps of %s: %w", responder, err)
+		}
+		step := &Step{}
+		if err := json.Unmarshal(m.Data(), step); err != nil {
+			b.log.Error("a stored step can't be read, and is left out", "responder", responder, "error", err)
+			_ = m.Term()
+			<-slots
+			continue
+		}
+		d := &Delivery{Step: step, msg: m, b: b}
+		if meta, err := m.Metadata(); err == nil {
+			d.Attempt = int(meta.NumDelivered)
+		}
+		held.add(m)
+		running.Go(func() {
+			defer func() { held.remove(m); <-slots }()
+			handle(ctx, d)
+		})
+	}
+}
+
+// held are the messages that somebody works on.
+type held struct {
+	mu   sync.Mutex
+	msgs map[jetstream.Msg]struct{}
+}
+
+func (h *held) add(m jetstream.Msg)    { h.mu.Lock(); h.msgs[m] = struct{}{}; h.mu.Unlock() }
+func (h *held) remove(m jetstream.Msg) { h.mu.Lock(); delete(h.msgs, m); h.mu.Unlock() }
+
+// keep tells the server that the messages are being worked on.
+func (h *held) keep(ctx context.Context) {
+	tick := time.NewTicker(keepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		h.mu.Lock()
+		for m := range h.msgs {
+			_ = m.InProgress()
+		}
+		h.mu.Unlock()
+	}
+}
+
+// TrimLoop removes acknowledged steps from ACTIONS when it has grown, until ctx
+// is done. They stay so long only to be recognised when they come again; STATE
+// knows the harmful ones besides.
+func (b *Broker) TrimLoop(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if s, err := b.js.Stream(ctx, StreamActions); err == nil && s.CachedInfo().State.Bytes > trimAbove {
+			b.trim(ctx)
+		}
+	}
+}
+
+func (b *Broker) trim(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	defer cancel()
+	s, err := b.js.Stream(ctx, StreamActions)
+	if err != nil {
+		return
+	}
+	list := s.ListConsumers(ctx)
+	for c := range list.Info() {
+		if c.AckFloor.Stream == 0 {
+			continue
+		}
+		err := s.Purge(ctx, jetstream.WithPurgeSubject(c.Config.FilterSubject), jetstream.WithPurgeSequence(c.AckFloor.Stream+1))
+		if err != nil {
+			b.log.Warn("remove acknowledged steps", "consumer", c.Name, "error", err)
+		}
+	}
+}
