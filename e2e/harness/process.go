@@ -1,0 +1,105 @@
+package harness
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// Process is a child process. It dies with the test process, however that
+// ends, and nothing here ever signals a process that it did not start.
+type Process struct {
+	PID  int
+	proc *os.Process
+	done chan struct{} // closed when the process is gone
+	err  error         // how it ended; valid after done
+}
+
+// Spawn starts cmd.
+func Spawn(cmd *exec.Cmd) (*Process, error) {
+	// The kernel sends the parent-death signal when the *thread* that started
+	// the child ends, so that thread is kept for as long as the child lives.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	p := &Process{done: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		if err == nil {
+			p.proc, p.PID = cmd.Process, cmd.Process.Pid
+		}
+		started <- err
+		if err == nil {
+			p.err = cmd.Wait()
+			close(p.done)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", cmd.Path, err)
+	}
+	return p, nil
+}
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Running reports whether the process has not ended.
+func (p *Process) Running() bool {
+	select {
+	case <-p.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Signal sends a signal; to a process that has ended it does nothing.
+func (p *Process) Signal(s os.Signal) error {
+	if err := p.proc.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("send %v to process %d: %w", s, p.PID, err)
+	}
+	return nil
+}
+
+// Wait waits until the process has ended, and returns how: nil for exit
+// status 0, an [exec.ExitError] otherwise.
+func (p *Process) Wait(within time.Duration) error {
+	select {
+	case <-p.done:
+		return p.err
+	case <-time.After(within):
+		return fmt.Errorf("process %d has not ended after %s", p.PID, within)
+	}
+}
+
+// Kill ends the process with SIGKILL and waits until it is gone.
+func (p *Process) Kill() error {
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		return err
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(10 * time.Second):
+		return fmt.Errorf("process %d survives SIGKILL", p.PID)
+	}
+}
+
+// Stop ends the process with SIGTERM, and with SIGKILL when that takes longer
+// than grace.
+func (p *Process) Stop(grace time.Duration) error {
+	if err := p.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(grace):
+		return p.Kill()
+	}
+}

@@ -1,0 +1,147 @@
+package kube
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	authnv1 "k8s.io/api/authentication/v1"
+	authzv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"stoop/e2e/harness"
+)
+
+// Account is a service account of the cluster.
+type Account struct {
+	User       string // as the audit log names it
+	Kubeconfig string // the path of a file for --kubeconfig
+	Client     *kubernetes.Clientset
+	name       string
+}
+
+// AccountNamespace is where all accounts live.
+const AccountNamespace = "stoop-system"
+
+// Account makes a service account that may do what the rules say, in all
+// namespaces, and nothing else.
+func (c *Cluster) Account(t harness.T, rules []rbacv1.PolicyRule) *Account {
+	t.Helper()
+	a, err := c.account(t.Context(), t, rules)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return a
+}
+
+func (c *Cluster) account(ctx context.Context, t harness.T, rules []rbacv1.PolicyRule) (*Account, error) {
+	name := Name("stoop")
+	c.Namespace(t, AccountNamespace)
+	meta := metav1.ObjectMeta{Name: name}
+	if _, err := c.Client.CoreV1().ServiceAccounts(AccountNamespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: meta}, metav1.CreateOptions{}); err != nil {
+		return nil, fmt.Errorf("make the service account %s: %w", name, err)
+	}
+	seconds := int64(2 * time.Hour / time.Second)
+	token, err := c.Client.CoreV1().ServiceAccounts(AccountNamespace).CreateToken(ctx, name,
+		&authnv1.TokenRequest{Spec: authnv1.TokenRequestSpec{ExpirationSeconds: &seconds}}, metav1.CreateOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("request a token for %s: %w", name, err)
+	}
+	a := &Account{
+		name:       name,
+		User:       "system:serviceaccount:" + AccountNamespace + ":" + name,
+		Kubeconfig: filepath.Join(c.dir, name+".kubeconfig"),
+	}
+	kubeconfig := fmt.Sprintf(`apiVersion: v1
+kind: Config
+clusters: [{name: e2e, cluster: {server: %q, certificate-authority: %q}}]
+users: [{name: stoop, user: {token: %q}}]
+contexts: [{name: e2e, context: {cluster: e2e, user: stoop}}]
+current-context: e2e
+`, c.URL(), c.caFile(), token.Status.Token)
+	if err := os.WriteFile(a.Kubeconfig, []byte(kubeconfig), 0o600); err != nil {
+		return nil, fmt.Errorf("write a kubeconfig: %w", err)
+	}
+	a.Client, err = kubernetes.NewForConfig(&rest.Config{
+		Host: c.URL(), BearerToken: token.Status.Token, TLSClientConfig: rest.TLSClientConfig{CAFile: c.caFile()}, QPS: -1,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make a client: %w", err)
+	}
+	return a, c.grant(ctx, a, rules)
+}
+
+// Grant lets the account do what the rules say too.
+func (c *Cluster) Grant(t harness.T, a *Account, rules []rbacv1.PolicyRule) {
+	t.Helper()
+	if err := c.grant(t.Context(), a, rules); err != nil {
+		t.Fatalf("%v", err)
+	}
+}
+
+func (c *Cluster) grant(ctx context.Context, a *Account, rules []rbacv1.PolicyRule) error {
+	meta := metav1.ObjectMeta{Name: Name(a.name)}
+	if _, err := c.Client.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: meta, Rules: rules}, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("make the cluster role %s: %w", meta.Name, err)
+	}
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: meta,
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: meta.Name},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Name: a.name, Namespace: AccountNamespace}},
+	}
+	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("bind the cluster role %s: %w", meta.Name, err)
+	}
+	return c.waitAllowed(ctx, a.User, rules)
+}
+
+// waitAllowed waits until the API server's authorizer, which learns of roles
+// by a watch, knows of every permission.
+func (c *Cluster) waitAllowed(ctx context.Context, user string, rules []rbacv1.PolicyRule) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for _, rule := range rules {
+		for _, group := range rule.APIGroups {
+			for _, resource := range rule.Resources {
+				resource, sub, _ := strings.Cut(resource, "/")
+				for _, verb := range rule.Verbs {
+					attributes := &authzv1.ResourceAttributes{Verb: verb, Group: group, Resource: resource, Subresource: sub}
+					if len(rule.ResourceNames) > 0 {
+						attributes.Name = rule.ResourceNames[0]
+					}
+					if err := c.waitAllowedOne(ctx, user, attributes); err != nil {
+						return err
+					}
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) waitAllowedOne(ctx context.Context, user string, attributes *authzv1.ResourceAttributes) error {
+	review := &authzv1.SubjectAccessReview{Spec: authzv1.SubjectAccessReviewSpec{
+		User: user, Groups: []string{"system:serviceaccounts", "system:authenticated"}, ResourceAttributes: attributes,
+	}}
+	for {
+		got, err := c.Client.AuthorizationV1().SubjectAccessReviews().Create(ctx, review, metav1.CreateOptions{})
+		if err != nil {
+			return fmt.Errorf("ask whether %s may %s %s: %w", user, attributes.Verb, attributes.Resource, err)
+		}
+		if got.Status.Allowed {
+			return nil
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%s may not %s %s: %s", user, attributes.Verb, attributes.Resource, got.Status.Reason)
+		}
+	}
+}
