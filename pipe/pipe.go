@@ -19,7 +19,6 @@ import (
 	"errors"
 	"time"
 
-	"stoop/alert"
 	"stoop/broker"
 )
 
@@ -27,13 +26,9 @@ import (
 // yet taken what they say.
 const Patience = 100 * time.Millisecond
 
-// Arrival is one line that came in.
-type Arrival struct {
-	Alert    *alert.Alert // nil: the line is no alert
-	Unparsed []byte       // the line, cut to [MaxUnparsed] bytes, where Alert is nil; for falco.unparsed
-	Received time.Time    // when its last byte was read
-	Origin   broker.Origin
-}
+// Arrival is one line that came in. Where it is no alert, Unparsed holds the
+// line, cut to [MaxUnparsed] bytes.
+type Arrival = broker.Arrival
 
 // MaxUnparsed bounds what is kept of a line that is no alert, in bytes.
 const MaxUnparsed = 64 << 10
