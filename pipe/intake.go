@@ -227,6 +227,16 @@ func (t *Ticket) Lost() int {
 	return t.lost
 }
 
+// wait reports whether the ticket was settled before ctx ended.
+func (t *Ticket) wait(ctx context.Context) bool {
+	select {
+	case <-t.done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 func (t *Ticket) settled() bool {
 	select {
 	case <-t.done:
