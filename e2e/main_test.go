@@ -76,7 +76,7 @@ func allRBAC() []rbacv1.PolicyRule {
 func (w *world) options(rules string) program.Options {
 	return program.Options{
 		Bin: shared.bin, Node: w.node, Kubeconfig: w.account.Kubeconfig,
-		Mode: string(broker.Enforce), Rules: rules, Config: noLimits,
+		Mode: string(broker.Enforce), Rules: rules, Config: program.NoLimits,
 	}
 }
 
@@ -85,13 +85,6 @@ func (w *world) stoop(t *testing.T, rules string) *program.Stoop {
 	t.Helper()
 	return program.Start(t, w.options(rules))
 }
-
-// noLimits takes the guards' limits away from tests that are not about them.
-const noLimits = `
-guard:
-  cooldown: 0s
-  limits: {rule: 0, namespace: 0, node: 0}
-`
 
 func (w *world) pod(t *testing.T, name string) *corev1.Pod {
 	t.Helper()

@@ -16,12 +16,21 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"stoop/broker"
 	"stoop/e2e/harness"
 )
+
+// NoLimits is configuration that takes the guards' limits away, for what is
+// not about them.
+const NoLimits = `
+guard:
+  cooldown: 0s
+  limits: {rule: 0, namespace: 0, node: 0}
+`
 
 const (
 	readyWithin = 30 * time.Second
@@ -57,7 +66,9 @@ type Stoop struct {
 	dir     string
 	process *harness.Process
 	holder  *harness.Process
-	fifo    *os.File
+
+	mu   sync.Mutex // held while writing: a line is never torn by another
+	fifo *os.File
 }
 
 // New prepares an installation and starts nothing.
@@ -257,6 +268,8 @@ func (s *Stoop) Write(lines ...[]byte) {
 
 // TryWrite is [Stoop.Write] for other goroutines than the test's.
 func (s *Stoop) TryWrite(lines ...[]byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.fifo == nil {
 		f, err := os.OpenFile(s.Pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0)
 		if err != nil {
@@ -410,19 +423,25 @@ func (s *Stoop) LogTail(lines int) string {
 // Resident is the memory that the process holds, in bytes.
 func (s *Stoop) Resident() int64 {
 	s.t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.process.PID))
+	rss, err := harness.Resident(s.process.PID)
 	if err != nil {
-		s.t.Fatalf("read stoop's memory: %v", err)
+		s.t.Fatalf("%v", err)
 	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kib, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
-			if err != nil {
-				s.t.Fatalf("read stoop's memory: %v", err)
-			}
-			return kib << 10
+	return rss
+}
+
+// Peak is the most memory that the process was seen to hold, in bytes, looked
+// at every 50 ms until stop is closed.
+func (s *Stoop) Peak(stop <-chan struct{}) int64 {
+	var peak int64
+	for {
+		if rss, err := harness.Resident(s.process.PID); err == nil {
+			peak = max(peak, rss)
+		}
+		select {
+		case <-stop:
+			return peak
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	s.t.Fatalf("read stoop's memory: no VmRSS")
-	return 0
 }
