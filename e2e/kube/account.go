@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,8 +24,10 @@ import (
 type Account struct {
 	User       string // as the audit log names it
 	Kubeconfig string // the path of a file for --kubeconfig
+	Config     *rest.Config
 	Client     *kubernetes.Clientset
 	name       string
+	grants     []*rbacv1.ClusterRole
 }
 
 // AccountNamespace is where all accounts live.
@@ -69,10 +72,10 @@ current-context: e2e
 	if err := os.WriteFile(a.Kubeconfig, []byte(kubeconfig), 0o600); err != nil {
 		return nil, fmt.Errorf("write a kubeconfig: %w", err)
 	}
-	a.Client, err = kubernetes.NewForConfig(&rest.Config{
+	a.Config = &rest.Config{
 		Host: c.URL(), BearerToken: token.Status.Token, TLSClientConfig: rest.TLSClientConfig{CAFile: c.caFile()}, QPS: -1,
-	})
-	if err != nil {
+	}
+	if a.Client, err = kubernetes.NewForConfig(a.Config); err != nil {
 		return nil, fmt.Errorf("make a client: %w", err)
 	}
 	return a, c.grant(ctx, a, rules)
@@ -88,7 +91,8 @@ func (c *Cluster) Grant(t harness.T, a *Account, rules []rbacv1.PolicyRule) {
 
 func (c *Cluster) grant(ctx context.Context, a *Account, rules []rbacv1.PolicyRule) error {
 	meta := metav1.ObjectMeta{Name: Name(a.name)}
-	if _, err := c.Client.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: meta, Rules: rules}, metav1.CreateOptions{}); err != nil {
+	role, err := c.Client.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: meta, Rules: rules}, metav1.CreateOptions{})
+	if err != nil {
 		return fmt.Errorf("make the cluster role %s: %w", meta.Name, err)
 	}
 	binding := &rbacv1.ClusterRoleBinding{
@@ -99,7 +103,48 @@ func (c *Cluster) grant(ctx context.Context, a *Account, rules []rbacv1.PolicyRu
 	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("bind the cluster role %s: %w", meta.Name, err)
 	}
+	a.grants = append(a.grants, role)
 	return c.waitAllowed(ctx, a.User, rules)
+}
+
+// Forbid takes one permission from the account, for the rest of its days.
+func (c *Cluster) Forbid(t harness.T, a *Account, verb, group, resource string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for i, role := range a.grants {
+		role := role.DeepCopy()
+		role.Rules = without(role.Rules, verb, group, resource)
+		role, err := c.Client.RbacV1().ClusterRoles().Update(ctx, role, metav1.UpdateOptions{})
+		if err != nil {
+			t.Fatalf("change the cluster role of %s: %v", a.User, err)
+		}
+		a.grants[i] = role
+	}
+	resource, sub, _ := strings.Cut(resource, "/")
+	attributes := &authzv1.ResourceAttributes{Verb: verb, Group: group, Resource: resource, Subresource: sub}
+	if err := c.waitAccess(ctx, a.User, attributes, false); err != nil {
+		t.Fatalf("%v", err)
+	}
+}
+
+// without are the rules without one permission.
+func without(rules []rbacv1.PolicyRule, verb, group, resource string) []rbacv1.PolicyRule {
+	var out []rbacv1.PolicyRule
+	for _, rule := range rules {
+		for _, g := range rule.APIGroups {
+			for _, r := range rule.Resources {
+				verbs := slices.Clone(rule.Verbs)
+				if g == group && r == resource {
+					verbs = slices.DeleteFunc(verbs, func(v string) bool { return v == verb })
+				}
+				if len(verbs) > 0 {
+					out = append(out, rbacv1.PolicyRule{APIGroups: []string{g}, Resources: []string{r}, Verbs: verbs, ResourceNames: rule.ResourceNames})
+				}
+			}
+		}
+	}
+	return out
 }
 
 // waitAllowed waits until the API server's authorizer, which learns of roles
@@ -116,7 +161,7 @@ func (c *Cluster) waitAllowed(ctx context.Context, user string, rules []rbacv1.P
 					if len(rule.ResourceNames) > 0 {
 						attributes.Name = rule.ResourceNames[0]
 					}
-					if err := c.waitAllowedOne(ctx, user, attributes); err != nil {
+					if err := c.waitAccess(ctx, user, attributes, true); err != nil {
 						return err
 					}
 				}
@@ -126,7 +171,7 @@ func (c *Cluster) waitAllowed(ctx context.Context, user string, rules []rbacv1.P
 	return nil
 }
 
-func (c *Cluster) waitAllowedOne(ctx context.Context, user string, attributes *authzv1.ResourceAttributes) error {
+func (c *Cluster) waitAccess(ctx context.Context, user string, attributes *authzv1.ResourceAttributes, allowed bool) error {
 	review := &authzv1.SubjectAccessReview{Spec: authzv1.SubjectAccessReviewSpec{
 		User: user, Groups: []string{"system:serviceaccounts", "system:authenticated"}, ResourceAttributes: attributes,
 	}}
@@ -135,13 +180,13 @@ func (c *Cluster) waitAllowedOne(ctx context.Context, user string, attributes *a
 		if err != nil {
 			return fmt.Errorf("ask whether %s may %s %s: %w", user, attributes.Verb, attributes.Resource, err)
 		}
-		if got.Status.Allowed {
+		if got.Status.Allowed == allowed {
 			return nil
 		}
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("%s may not %s %s: %s", user, attributes.Verb, attributes.Resource, got.Status.Reason)
+			return fmt.Errorf("%s may %s %s: %t, want %t (%s)", user, attributes.Verb, attributes.Resource, got.Status.Allowed, allowed, got.Status.Reason)
 		}
 	}
 }

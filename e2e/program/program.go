@@ -24,9 +24,10 @@ import (
 	"stoop/e2e/harness"
 )
 
-// NoLimits is configuration that takes the guards' limits away, for what is
-// not about them.
+// NoLimits is configuration that takes away the limits of the guards and of the
+// API server's client, for what is not about them.
 const NoLimits = `
+kubernetes: {qps: 5000, burst: 5000}
 guard:
   cooldown: 0s
   limits: {rule: 0, namespace: 0, node: 0}
