@@ -96,7 +96,16 @@ func (c *checker) mapping(fields []Field, n *yaml.Node) map[string]any {
 			name := Resolve(key).Value
 			i := slices.Index(names, name)
 			if i < 0 {
-				c.problem(key, "%s", Unknown("parameter", name, names))
+				near := slices.Index(names, Nearest(name, names))
+				if near >= 0 {
+					have[names[near]] = true // nobody needs to be told that it is missing
+				}
+				c.problems = append(c.problems, Problem{
+					Node:    key,
+					Message: Unknown("parameter", name, names),
+					// What was meant for a secret's name may stand before one.
+					Secret: near >= 0 && fields[near].typ == reflect.TypeFor[Secret](),
+				})
 				return
 			}
 			have[name] = true

@@ -215,6 +215,7 @@ func TestEveryProblemIsSaidWhereItStands(t *testing.T) {
 		{"labels", "{name: a, labels: [x]}", `1:19 "labels" is a mapping of text to text, not a list: write {key: value}`},
 		{"secret in clear", "{name: a, token: hunter2}", `1:18 secret "token" is a secret, which is never written here itself: write {file: PATH} or {env: NAME}`},
 		{"secret under another key", "{name: a, token: {value: hunter2}}", `1:19 secret "token" is a secret: write {file: PATH} or {env: NAME}`},
+		{"secret under a misspelt name", "{name: a, tokn: hunter2}", `1:11 secret unknown parameter "tokn": did you mean "token"? There are: ttl, name, direction, allowDNS, lines, size, ranges, words, labels, token, url, tls, users`},
 		{"two secrets", "{name: a, token: {file: x, env: y}}", `1:18 "token" is a secret with exactly one place that it is read from: write {file: PATH} or {env: NAME}`},
 		{"empty secret", "{name: a, token: {}}", `1:18 "token" is a secret with exactly one place that it is read from: write {file: PATH} or {env: NAME}`},
 		{"password in an address", "{name: a, url: 'https://u:hunter2@x/'}", `1:16 secret "url": a user or password does not belong into an address`},
