@@ -287,6 +287,17 @@ func (s *Stoop) TryWrite(lines ...[]byte) error {
 	return nil
 }
 
+// CloseFIFO closes the writer's end, as a Falco does that dies.
+func (s *Stoop) CloseFIFO() {
+	s.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.fifo.Close(); err != nil {
+		s.t.Fatalf("close the FIFO: %v", err)
+	}
+	s.fifo = nil
+}
+
 // Command runs one of stoop's other commands on this installation's data
 // folder, and returns what it prints and its exit code.
 func (s *Stoop) Command(args ...string) (stdout, stderr string, code int) {
