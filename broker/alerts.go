@@ -154,7 +154,7 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 		if stored == i {
 			stop = fmt.Errorf("store an alert in %s: %w", p.lane.name, err)
 		}
-		if isStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
+		if IsStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
 			b.fail(err)
 		}
 	}
@@ -245,6 +245,49 @@ func drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) e
 		}
 	}
 	return nil
+}
+
+// UnroutedAlerts are the stored alerts that the router has not dealt with: what
+// a store that is being left still has to do.
+func (b *Broker) UnroutedAlerts(ctx context.Context) ([]Arrival, error) {
+	var out []Arrival
+	for _, l := range b.lanes {
+		c, err := b.js.Consumer(ctx, l.name, routerConsumer.Durable)
+		if err != nil {
+			return out, fmt.Errorf("consumer %s of %s: %w", routerConsumer.Durable, l.name, err)
+		}
+		err = b.since(ctx, l.name, "", c.CachedInfo().AckFloor.Stream+1, func(m jetstream.Msg) error {
+			s := newStored(m)
+			if s == nil {
+				out = append(out, Arrival{Unparsed: m.Data(), Received: time.Now()})
+				return nil
+			}
+			a, err := alert.Parse(s.Data)
+			if err != nil {
+				return nil
+			}
+			a.ID = s.ID
+			out = append(out, Arrival{Alert: a, Received: s.Received, Origin: s.Origin})
+			return nil
+		})
+		if err != nil {
+			return out, fmt.Errorf("read what is to be routed of %s: %w", l.name, err)
+		}
+	}
+	return out, nil
+}
+
+// since reads a stream from a sequence on.
+func (b *Broker) since(ctx context.Context, stream, filter string, seq uint64, each func(jetstream.Msg) error) error {
+	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(seq, 1)}
+	if filter != "" {
+		cfg.FilterSubjects = []string{filter}
+	}
+	c, err := b.js.OrderedConsumer(ctx, stream, cfg)
+	if err != nil {
+		return err
+	}
+	return drain(ctx, c, each)
 }
 
 // Stored is an alert as it comes out of the stream.

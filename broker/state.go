@@ -36,7 +36,7 @@ func (s *State) put(ctx context.Context, key string, data []byte, ttl time.Durat
 	}
 	// The key-value client has no Put with a ttl; this is what its Put does.
 	if _, err := s.b.js.Publish(ctx, "$KV."+BucketState+"."+key, data, opts...); err != nil {
-		if isStoreFault(err) {
+		if IsStoreFault(err) {
 			s.b.fail(err)
 		}
 		return fmt.Errorf("store state %s: %w", key, err)
@@ -98,11 +98,23 @@ func (s *State) Probe(ctx context.Context) error {
 	return s.put(ctx, "probe", []byte("{}"), 0)
 }
 
-// CopyTo copies every key into another broker's state: into memory when the
-// disk is full, and back. A ttl is lost, so the caller's records carry their
-// own times.
-func (s *State) CopyTo(ctx context.Context, to *State) error {
-	return s.Each(ctx, ">", func(key string, value []byte, _ time.Time) error {
-		return to.put(ctx, key, value, 0)
+// Dump is every key with its value.
+func (s *State) Dump(ctx context.Context) (map[string][]byte, error) {
+	all := map[string][]byte{}
+	err := s.Each(ctx, ">", func(key string, value []byte, _ time.Time) error {
+		all[key] = value
+		return nil
 	})
+	return all, err
+}
+
+// Restore writes what Dump read from another store. A ttl is lost by it, so
+// records that must end carry their own times.
+func (s *State) Restore(ctx context.Context, all map[string][]byte) error {
+	for key, value := range all {
+		if err := s.put(ctx, key, value, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }

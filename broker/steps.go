@@ -184,7 +184,7 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	if isDuplicate(err) {
 		return false, nil
 	}
-	if isStoreFault(err) {
+	if IsStoreFault(err) {
 		b.fail(err)
 	}
 	return false, fmt.Errorf("store step %s for %s: %w", s.ID, s.Responder, err)
@@ -207,7 +207,7 @@ func (b *Broker) PublishOutcome(o Outcome) error {
 	case <-time.After(publishTimeout):
 		err = jetstream.ErrAsyncPublishTimeout
 	}
-	if isStoreFault(err) {
+	if IsStoreFault(err) {
 		b.fail(err)
 	}
 	return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
@@ -328,6 +328,34 @@ func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency
 			handle(ctx, d)
 		})
 	}
+}
+
+// UnfinishedSteps are the steps that nobody may have ended: what a store that is
+// being left still has to do. Some of them may have been done.
+func (b *Broker) UnfinishedSteps(ctx context.Context) ([]*Step, error) {
+	s, err := b.js.Stream(ctx, StreamActions)
+	if err != nil {
+		return nil, fmt.Errorf("read the unfinished steps: %w", err)
+	}
+	var out []*Step
+	list := s.ListConsumers(ctx)
+	for c := range list.Info() {
+		if c.NumPending == 0 && c.NumAckPending == 0 {
+			continue
+		}
+		err := b.since(ctx, StreamActions, c.Config.FilterSubject, c.AckFloor.Stream+1, func(m jetstream.Msg) error {
+			step := &Step{}
+			if err := json.Unmarshal(m.Data(), step); err != nil {
+				return nil
+			}
+			out = append(out, step)
+			return nil
+		})
+		if err != nil {
+			return out, fmt.Errorf("read the unfinished steps of %s: %w", c.Name, err)
+		}
+	}
+	return out, list.Err()
 }
 
 // held are the messages that somebody works on.

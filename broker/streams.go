@@ -103,9 +103,9 @@ func isDuplicate(err error) bool {
 	return errors.As(err, &api) && api.Description == errPerSubject
 }
 
-// isStoreFault reports whether a publish was refused for a fault of the store:
+// IsStoreFault reports whether an error of a publish was refused for a fault of the store:
 // it won't heal before the store is opened again.
-func isStoreFault(err error) bool {
+func IsStoreFault(err error) bool {
 	var api *jetstream.APIError
 	if !errors.As(err, &api) {
 		return false

@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/url"
 	"regexp"
 	"strings"
-	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -114,10 +114,10 @@ func isGone(err error) bool {
 // passes reports whether an error that no API server sent may be over with
 // the next try.
 func passes(err error) bool {
+	// Not any net.Error: every error number of the kernel is one.
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, syscall.ECONNREFUSED) || utilnet.IsConnectionReset(err) || utilnet.IsHTTP2ConnectionLost(err) ||
-		as[net.Error](err)
+		errors.Is(err, io.ErrUnexpectedEOF) || utilnet.IsHTTP2ConnectionLost(err) ||
+		as[*url.Error](err) || as[*net.OpError](err)
 }
 
 // cannot reads the sentence of the API server's RBAC authorizer.

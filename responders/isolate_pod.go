@@ -148,6 +148,12 @@ func (i *podIsolator) Act(ctx context.Context, r *Request) (Result, error) {
 			return fail(err)
 		}
 		if _, err := i.kube.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+			if change == policyMade && isGone(err) {
+				// The garbage collector would find it too, where one runs.
+				_ = i.kube.NetworkingV1().NetworkPolicies(pod.Namespace).Delete(ctx, policy.Name, metav1.DeleteOptions{
+					Preconditions: metav1.NewUIDPreconditions(string(policy.UID)),
+				})
+			}
 			return fail(fmt.Errorf("patch the pod's label: %w", err))
 		}
 	}

@@ -1,0 +1,257 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"stoop/alert"
+	"stoop/broker"
+	"stoop/pipe"
+	"stoop/responders"
+)
+
+// The requests of stoop.api.>, which the commands make, and any NATS client
+// that is let in may.
+const (
+	apiPause   = "stoop.api.pause"
+	apiResume  = "stoop.api.resume"
+	apiUndo    = "stoop.api.undo"
+	apiHistory = "stoop.api.history"
+	apiPublish = "stoop.api.publish"
+	apiWatch   = "stoop.api.watch"
+)
+
+// headerMore is on every answer to a history request but the last.
+const headerMore = "Stoop-More"
+
+type undoRequest struct {
+	ID string `json:"id"`
+}
+
+type historyRequest struct {
+	Since time.Time `json:"since,omitzero"`
+}
+
+type publishAnswer struct {
+	Stored int      `json:"stored"`
+	Bad    []string `json:"bad,omitempty"` // why lines are no alerts
+}
+
+const (
+	// apiTimeout bounds a request, apiMost how many are answered at once.
+	apiTimeout = time.Minute
+	apiMost    = 16
+	// watchFor is how long verdicts are published after somebody asked.
+	watchFor = 30 * time.Second
+	// historyPage is how many outcomes one answer holds.
+	historyPage = 200
+)
+
+// api answers requests.
+type api struct {
+	engine *engine
+	broker *broker.Broker
+	host   *responders.Host
+	intake pipe.Store
+}
+
+// answer is a request's answer: a value, or an error.
+type answer func(ctx context.Context, m *nats.Msg, actor string) (any, error)
+
+// serveAPI answers until stop is called, which waits for the requests that are
+// being answered.
+func serveAPI(ctx context.Context, e *engine, b *broker.Broker, h *responders.Host) (stop func(), err error) {
+	a := &api{engine: e, broker: b, host: h, intake: e.store}
+	nc, err := b.Connect("api")
+	if err != nil {
+		return nil, err
+	}
+	var running sync.WaitGroup
+	slots := make(chan struct{}, apiMost)
+	for subject, f := range map[string]answer{
+		apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiPublish: a.publish, apiWatch: a.watch, apiHistory: a.history,
+	} {
+		_, err := nc.Subscribe(subject, func(m *nats.Msg) {
+			select {
+			case slots <- struct{}{}:
+			default:
+				respond(m, nil, fmt.Errorf("%d requests are being answered: ask again later", apiMost))
+				return
+			}
+			running.Go(func() {
+				defer func() { <-slots }()
+				ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+				defer cancel()
+				actor := e.local.Actor(m)
+				if actor == "" {
+					actor = "a NATS client"
+				}
+				v, err := f(ctx, m, actor)
+				respond(m, v, err)
+			})
+		})
+		if err != nil {
+			nc.Close()
+			return nil, fmt.Errorf("answer %s: %w", subject, err)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("answer stoop.api: %w", err)
+	}
+	return func() {
+		running.Wait()
+		_ = nc.FlushTimeout(time.Second)
+		nc.Close()
+	}, nil
+}
+
+func respond(m *nats.Msg, v any, err error) {
+	if m.Reply == "" {
+		return
+	}
+	out := nats.NewMsg(m.Reply)
+	if err == nil {
+		out.Data, err = json.Marshal(v)
+	}
+	if err != nil {
+		out.Header.Set(broker.HeaderError, err.Error())
+	}
+	_ = m.RespondMsg(out)
+}
+
+func (a *api) pause(ctx context.Context, _ *nats.Msg, actor string) (any, error) {
+	return a.host.SetPause(ctx, true, actor)
+}
+
+func (a *api) resume(ctx context.Context, _ *nats.Msg, actor string) (any, error) {
+	return a.host.SetPause(ctx, false, actor)
+}
+
+func (a *api) undo(ctx context.Context, m *nats.Msg, actor string) (any, error) {
+	var r undoRequest
+	if err := json.Unmarshal(m.Data, &r); err != nil {
+		return nil, fmt.Errorf("undo: %w", err)
+	}
+	return a.host.Undo(ctx, r.ID, actor)
+}
+
+func (a *api) watch(context.Context, *nats.Msg, string) (any, error) {
+	a.engine.router.Watch(watchFor)
+	return struct{}{}, nil
+}
+
+// publish takes lines of alerts. From the network they count as HTTP without
+// authentication does: a client may tell stoop what it saw, not make it act.
+func (a *api) publish(ctx context.Context, m *nats.Msg, _ string) (any, error) {
+	origin := broker.OriginOpenHTTP
+	if a.engine.local.Actor(m) != "" {
+		origin = broker.OriginLocal
+	}
+	var out publishAnswer
+	var batch []broker.Arrival
+	now := time.Now()
+	for line := range bytes.Lines(m.Data) {
+		if line = bytes.TrimSpace(line); len(line) == 0 {
+			continue
+		}
+		arrival := broker.Arrival{Received: now, Origin: origin}
+		al, err := alert.Parse(line)
+		if err != nil {
+			out.Bad = append(out.Bad, err.Error())
+			arrival.Unparsed = bytes.Clone(line[:min(len(line), pipe.MaxUnparsed)])
+		}
+		arrival.Alert = al
+		batch = append(batch, arrival)
+	}
+	n, err := a.intake.Store(ctx, batch)
+	if err != nil {
+		return nil, fmt.Errorf("%d of %d alerts are stored: %w", n, len(batch), err)
+	}
+	out.Stored = n - len(out.Bad)
+	return out, nil
+}
+
+// history answers in pages.
+func (a *api) history(ctx context.Context, m *nats.Msg, _ string) (any, error) {
+	var r historyRequest
+	if err := json.Unmarshal(m.Data, &r); err != nil {
+		return nil, fmt.Errorf("history: %w", err)
+	}
+	var page []broker.Outcome
+	err := a.broker.Outcomes(ctx, r.Since, func(o broker.Outcome) error {
+		if page = append(page, o); len(page) < historyPage {
+			return nil
+		}
+		data, err := json.Marshal(page)
+		if err != nil {
+			return err
+		}
+		page = page[:0]
+		return m.RespondMsg(&nats.Msg{Subject: m.Reply, Data: data, Header: nats.Header{headerMore: {"1"}}})
+	})
+	return page, err
+}
+
+// askHistory asks a running stoop for its outcomes.
+func askHistory(ctx context.Context, c *broker.Client, since time.Time, each func(broker.Outcome) error) error {
+	sub, err := c.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	data, err := json.Marshal(historyRequest{since})
+	if err != nil {
+		return err
+	}
+	if err := c.PublishMsg(&nats.Msg{Subject: apiHistory, Reply: sub.Subject, Data: data, Header: nats.Header{broker.HeaderSession: {c.Session}}}); err != nil {
+		return fmt.Errorf("ask the running stoop: %w", err)
+	}
+	for {
+		m, err := sub.NextMsgWithContext(ctx)
+		if err != nil {
+			return fmt.Errorf("ask the running stoop: %w", err)
+		}
+		if e := m.Header.Get(broker.HeaderError); e != "" {
+			return errors.New(e)
+		}
+		var page []broker.Outcome
+		if err := json.Unmarshal(m.Data, &page); err != nil {
+			return fmt.Errorf("answer of the running stoop: %w", err)
+		}
+		for _, o := range page {
+			if err := each(o); err != nil {
+				return err
+			}
+		}
+		if m.Header.Get(headerMore) == "" {
+			return nil
+		}
+	}
+}
+
+// watchTail keeps the running stoop publishing verdicts while ctx lasts.
+func watchTail(ctx context.Context, c *broker.Client) error {
+	tick := time.NewTicker(watchFor / 3)
+	defer tick.Stop()
+	for {
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		err := c.Ask(ask, apiWatch, struct{}{}, nil)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}

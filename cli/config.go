@@ -1,0 +1,298 @@
+package cli
+
+import (
+	"encoding"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"stoop/broker"
+	"stoop/param"
+	"stoop/responders"
+	"stoop/rules"
+)
+
+// Config is stoop.yaml. Its tags are what the file is checked by and what
+// docs/configuration.md is written from.
+type Config struct {
+	Node       string     `param:"node" doc:"This node's name. Default: the environment's NODE_NAME, then the host's name."`
+	Aliases    []string   `param:"aliases" doc:"Further hostnames that mean this node, as Falco writes them."`
+	Cluster    string     `param:"cluster" doc:"A name that every outcome carries."`
+	Data       string     `param:"data" doc:"The folder for streams, offsets, evidence and the local socket."`
+	Mode       string     `param:"mode" oneof:"audit enforce" doc:"The program's mode: a ceiling for every rule. In audit, everything happens but the acts."`
+	Source     Source     `param:"source" doc:"Where alerts come from: one or more. Default: the pipe."`
+	Broker     Broker     `param:"broker" doc:"The embedded NATS server."`
+	Kubernetes Kubernetes `param:"kubernetes" doc:"The API server."`
+	Guard      Guard      `param:"guard" doc:"What stands between a rule and an act."`
+	HTTP       HTTP       `param:"http" doc:"Metrics and health over HTTP."`
+	Log        Log        `param:"log" doc:"What stoop says of itself, on stderr."`
+}
+
+// Source is where alerts come from.
+type Source struct {
+	Pipe  string     `param:"pipe" doc:"A FIFO that Falco's file_output writes to; created if missing. Default, if no other source is named: /run/stoop/falco.pipe."`
+	File  string     `param:"file" doc:"A file that Falco appends to; followed from where the last run stopped."`
+	Stdin bool       `param:"stdin" doc:"Standard input; stoop ends with it."`
+	HTTP  HTTPSource `param:"http" doc:"Falco's http_output, or Falcosidekick's webhook."`
+}
+
+// HTTPSource is an HTTP endpoint for alerts.
+type HTTPSource struct {
+	Listen    string `param:"listen" doc:"host:port; off when empty. Anything but loopback needs a token or client certificates."`
+	TokenFile string `param:"token-file" doc:"A file with the bearer token that is asked for. Without it or a client CA, alerts start nothing harmful."`
+	Cert      string `param:"cert" doc:"The server's certificate, a PEM file."`
+	Key       string `param:"key" doc:"Its key, a PEM file."`
+	ClientCA  string `param:"client-ca" doc:"Clients must show a certificate of this authority, a PEM file."`
+}
+
+// Broker is the embedded NATS server.
+type Broker struct {
+	Listen string       `param:"listen" doc:"host:port for other NATS clients; off when empty. Needs TLS, and anything but loopback needs users or a client CA."`
+	TLS    TLS          `param:"tls" doc:"Certificates for listen."`
+	Users  []BrokerUser `param:"users" doc:"Who may connect: they hear alerts and outcomes and may call stoop.api.>, no more."`
+	Mirror []string     `param:"mirror" doc:"Further subjects that every alert is published on."`
+	Sync   Sync         `param:"sync" doc:"How often the store is synced to disk: a duration, or always. A killed process loses nothing either way; a lost machine loses as much."`
+	Limits BrokerLimits `param:"limits" doc:"What is kept, and for how long."`
+}
+
+// TLS are PEM files.
+type TLS struct {
+	Cert string `param:"cert" doc:"The server's certificate, a PEM file."`
+	Key  string `param:"key" doc:"Its key, a PEM file."`
+	CA   string `param:"ca" doc:"Clients must show a certificate of this authority, a PEM file."`
+}
+
+// BrokerUser may connect over the network.
+type BrokerUser struct {
+	Name     string       `param:"name" doc:"The user's name."`
+	Password param.Secret `param:"password" doc:"Where the password is read: {file: PATH} or {env: NAME}."`
+	NKey     string       `param:"nkey" doc:"The public nkey, in place of name and password."`
+}
+
+// BrokerLimits is what the streams keep.
+type BrokerLimits struct {
+	Alerts   Keep `param:"alerts" doc:"Alerts; a quarter of the size is for Critical and above alone."`
+	Outcomes Keep `param:"outcomes" doc:"Outcomes."`
+}
+
+// Keep is for how long, and how much, a stream keeps.
+type Keep struct {
+	Age  param.Duration `param:"age" doc:"The oldest that is kept." min:"1m"`
+	Size param.Size     `param:"size" doc:"The most that is kept." min:"1MiB"`
+}
+
+// Sync is a duration, or "always" (negative).
+type Sync time.Duration
+
+// UnmarshalText reads "always" or a duration.
+func (s *Sync) UnmarshalText(b []byte) error {
+	if string(b) == "always" {
+		*s = -1
+		return nil
+	}
+	var d param.Duration
+	if err := d.UnmarshalText(b); err != nil || d == 0 {
+		return errors.New("is neither a duration, such as 1s, nor always")
+	}
+	*s = Sync(d)
+	return nil
+}
+
+// String is the value as it would be written.
+func (s Sync) String() string {
+	if s < 0 {
+		return "always"
+	}
+	return param.Duration(s).String()
+}
+
+// Kubernetes is how the API server is reached.
+type Kubernetes struct {
+	Kubeconfig string `param:"kubeconfig" doc:"A kubeconfig file. Default: in a pod, its service account; elsewhere no cluster."`
+	QPS        int    `param:"qps" min:"1" max:"10000" doc:"Requests a second, at most."`
+	Burst      int    `param:"burst" min:"1" max:"10000" doc:"Requests at once, at most."`
+}
+
+// Guard is what stands between a rule and an act.
+type Guard struct {
+	Protect  Protect        `param:"protect" doc:"What is never touched."`
+	Cooldown param.Duration `param:"cooldown" doc:"After an act, the same rule leaves the same object alone for so long."`
+	MaxAge   param.Duration `param:"maxAge" min:"1s" doc:"An older alert is not acted on."`
+	Limits   Limits         `param:"limits" doc:"Harmful steps at most, as N/window; 0 is no limit."`
+}
+
+// Protect is what is never touched.
+type Protect struct {
+	Namespaces      []string `param:"namespaces" doc:"Namespaces, as globs. stoop's own is always protected."`
+	PriorityClasses []string `param:"priorityClasses" doc:"Pods of these priority classes, as globs."`
+}
+
+// Limits bound the blast radius.
+type Limits struct {
+	Rule      Rate `param:"rule" doc:"By one rule on this node."`
+	Namespace Rate `param:"namespace" doc:"In one namespace on this node."`
+	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
+}
+
+// Rate is written as N/window.
+type Rate responders.Rate
+
+// UnmarshalText reads "5/1m", or "0" for no limit.
+func (r *Rate) UnmarshalText(b []byte) error {
+	bad := fmt.Errorf("is not of the form 5/1m (steps in a window), nor 0 for no limit")
+	if string(b) == "0" {
+		*r = Rate{}
+		return nil
+	}
+	n, per, ok := strings.Cut(string(b), "/")
+	if !ok {
+		return bad
+	}
+	var d param.Duration
+	if err := d.UnmarshalText([]byte(per)); err != nil || d <= 0 {
+		return bad
+	}
+	count, err := strconv.Atoi(n)
+	if err != nil || count < 1 {
+		return bad
+	}
+	*r = Rate{N: count, Per: time.Duration(d)}
+	return nil
+}
+
+// String is the rate as it would be written.
+func (r Rate) String() string {
+	if r.N == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%d/%s", r.N, param.Duration(r.Per))
+}
+
+var (
+	_ encoding.TextUnmarshaler = (*Rate)(nil)
+	_ encoding.TextUnmarshaler = (*Sync)(nil)
+)
+
+// HTTP is where metrics and health are served.
+type HTTP struct {
+	Listen string `param:"listen" doc:"host:port for /metrics, /healthz and /readyz; off when empty. They hold no names of pods and no alert."`
+}
+
+// Log is how stoop logs.
+type Log struct {
+	Level  string `param:"level" oneof:"debug info warn error" doc:"The least that is said."`
+	Format string `param:"format" oneof:"auto text json" doc:"auto: text on a terminal, JSON otherwise."`
+}
+
+// defaultPipe is where Falco's alerts come from when nothing else is said.
+const defaultPipe = "/run/stoop/falco.pipe"
+
+func defaults() Config {
+	minute := time.Minute
+	return Config{
+		Data: "/var/lib/stoop",
+		Mode: string(broker.Audit),
+		Broker: Broker{
+			Sync: Sync(time.Second),
+			Limits: BrokerLimits{
+				Alerts:   Keep{param.Duration(24 * time.Hour), 256 << 20},
+				Outcomes: Keep{param.Duration(720 * time.Hour), 128 << 20},
+			},
+		},
+		Kubernetes: Kubernetes{QPS: 10, Burst: 50},
+		Guard: Guard{
+			Protect: Protect{
+				Namespaces:      []string{"kube-system", "kube-node-lease", "kube-public"},
+				PriorityClasses: []string{"system-*"},
+			},
+			Cooldown: param.Duration(5 * minute),
+			MaxAge:   param.Duration(10 * minute),
+			Limits:   Limits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}},
+		},
+		Log: Log{Level: "info", Format: "auto"},
+	}
+}
+
+// defaultConfig is read when no --config is given and it is there.
+const defaultConfig = "/etc/stoop/stoop.yaml"
+
+// loadConfig reads the configuration; path "" is the default file, or the
+// defaults where there is none.
+func loadConfig(path string) (Config, error) {
+	c := defaults()
+	optional := path == ""
+	if optional {
+		path = defaultConfig
+	}
+	src, err := os.ReadFile(path)
+	switch {
+	case optional && errors.Is(err, os.ErrNotExist):
+		return c, nil
+	case err != nil:
+		return c, fmt.Errorf("read the configuration: %w", err)
+	}
+	raw, err := rules.Settings(path, src, param.Describe(defaults()))
+	if err != nil {
+		return c, err
+	}
+	return c, param.Decode(raw, &c)
+}
+
+// nodeName is the name of this node.
+func (c *Config) nodeName() (string, error) {
+	if c.Node != "" {
+		return c.Node, nil
+	}
+	if n := os.Getenv("NODE_NAME"); n != "" {
+		return n, nil
+	}
+	n, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("find this node's name (set node in the configuration): %w", err)
+	}
+	return n, nil
+}
+
+// brokerConfig is the broker's part, with its secrets read.
+func (c *Config) brokerConfig() (broker.Config, error) {
+	l := c.Broker.Limits
+	bc := broker.Config{
+		Dir: c.Data, Sync: time.Duration(c.Broker.Sync), SyncAlways: c.Broker.Sync < 0,
+		AlertsAge: time.Duration(l.Alerts.Age), AlertsSize: int64(l.Alerts.Size),
+		OutcomesAge: time.Duration(l.Outcomes.Age), OutcomesSize: int64(l.Outcomes.Size),
+		Mirror: c.Broker.Mirror,
+	}
+	if bc.SyncAlways {
+		bc.Sync = 0
+	}
+	if c.Broker.Listen == "" {
+		return bc, nil
+	}
+	bc.Listen = &broker.Listen{Addr: c.Broker.Listen, Cert: c.Broker.TLS.Cert, Key: c.Broker.TLS.Key, CA: c.Broker.TLS.CA}
+	for _, u := range c.Broker.Users {
+		user := broker.User{Name: u.Name, NKey: u.NKey}
+		if u.Password.IsSet() {
+			p, err := u.Password.Resolve()
+			if err != nil {
+				return bc, fmt.Errorf("broker.users, %s: %w", u.Name, err)
+			}
+			user.Password = p
+		}
+		bc.Listen.Users = append(bc.Listen.Users, user)
+	}
+	return bc, nil
+}
+
+// isLoopback reports whether only this machine reaches an address.
+func isLoopback(addr string) bool {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}

@@ -1,0 +1,327 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"stoop/broker"
+	"stoop/pipe"
+	"stoop/responders"
+	"stoop/router"
+	"stoop/rules"
+)
+
+// engine is the part of a running stoop that stands on a store: router and
+// host. When the disk is full it is stopped and started again on memory, and
+// back on the disk when there is space, while the sources go on.
+type engine struct {
+	cfg     broker.Config
+	router  *router.Router
+	host    responders.Config // but for the broker
+	local   *broker.Local
+	store   *storeSwitch
+	log     *slog.Logger
+	current atomic.Pointer[generation]
+	ready   chan struct{} // closed when the first generation runs
+	once    sync.Once
+}
+
+// generation is an engine's time on one store.
+type generation struct {
+	broker *broker.Broker
+	host   *responders.Host
+}
+
+// storeSwitch is the pipe's store: the broker that there is now.
+type storeSwitch struct {
+	mu      sync.Mutex
+	broker  *broker.Broker
+	changed chan struct{} // closed, and made anew, when broker changes
+}
+
+func newStoreSwitch() *storeSwitch { return &storeSwitch{changed: make(chan struct{})} }
+
+func (s *storeSwitch) use(b *broker.Broker) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.broker = b
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Store implements [pipe.Store]. While there is no broker it waits.
+func (s *storeSwitch) Store(ctx context.Context, batch []pipe.Arrival) (int, error) {
+	for {
+		s.mu.Lock()
+		b, changed := s.broker, s.changed
+		s.mu.Unlock()
+		if b != nil {
+			return b.Store(ctx, batch)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}
+
+// snapshot is what is carried from one store to the next.
+type snapshot struct {
+	state    map[string][]byte
+	alerts   []broker.Arrival
+	steps    []*broker.Step
+	outcomes []broker.Outcome
+}
+
+const (
+	// spaceEvery is how often a full disk is looked at.
+	spaceEvery = 2 * time.Second
+	// carryTimeout bounds taking things from one store to another.
+	carryTimeout = 10 * time.Second
+	// spaceWanted is how much of the disk has to be free again, or a tenth of
+	// a small one.
+	spaceWanted = 64 << 20
+)
+
+// run works until ctx is done, on the disk where it can and in memory where it
+// must.
+func (e *engine) run(ctx context.Context) error {
+	var carried snapshot
+	memory := false
+	for {
+		cfg := e.cfg
+		cfg.Memory = memory && cfg.Dir != ""
+		b, err := broker.Open(ctx, cfg)
+		if err != nil {
+			if isDiskFault(err) && !memory {
+				e.log.Error("the store can't be opened: going on in memory", "data", cfg.Dir, "error", err)
+				memory = true
+				continue
+			}
+			return err
+		}
+		next, err := e.runOn(ctx, b, &carried)
+		b.Close()
+		if err != nil || ctx.Err() != nil {
+			return err
+		}
+		memory = next
+	}
+}
+
+// isDiskFault reports whether the data folder is there and ours, but can't be
+// written now.
+func isDiskFault(err error) bool {
+	if errors.Is(err, broker.ErrLocked) || errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENOTDIR) {
+		return false
+	}
+	var errno syscall.Errno
+	return errors.As(err, &errno) && (errno == unix.ENOSPC || errno == unix.EDQUOT || errno == unix.EIO) || broker.IsStoreFault(err)
+}
+
+// runOn works on one store. It returns whether the next one is to be in
+// memory.
+func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot) (memory bool, err error) {
+	if err := carried.restore(ctx, b); err != nil {
+		e.log.Error("taking what was under way to the next store", "error", err)
+	}
+	hc := e.host
+	hc.Broker = b
+	host, err := responders.NewHost(ctx, hc)
+	if err != nil {
+		return false, err
+	}
+	if err := host.SetRules(ctx, modesOf(e.router.Rules())); err != nil {
+		e.log.Error("since when rules enforce could not be stored", "error", err)
+	}
+	carried.publish(ctx, b, e.log)
+	*carried = snapshot{}
+
+	runCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var parts sync.WaitGroup
+	run := func(f func(context.Context) error) {
+		parts.Go(func() {
+			if err := f(runCtx); err != nil && runCtx.Err() == nil {
+				cancel(err)
+			}
+		})
+	}
+	api, err := serveAPI(runCtx, e, b, host)
+	if err != nil {
+		return false, err
+	}
+	run(host.Run)
+	run(func(ctx context.Context) error { return e.router.Run(ctx, b) })
+	e.current.Store(&generation{b, host})
+	e.store.use(b)
+	e.local.Use(b)
+	e.once.Do(func() { close(e.ready) })
+
+	back := make(<-chan time.Time)
+	if b.InMemory() && e.cfg.Dir != "" {
+		t := time.NewTicker(spaceEvery)
+		defer t.Stop()
+		back = t.C
+	}
+	stop := func() {
+		e.store.use(nil)
+		cancel(nil)
+		parts.Wait()
+		api()
+		e.local.Use(nil)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			stop()
+			return false, nil
+		case <-b.Failed():
+			e.log.Error("the store refuses to write: going on in memory; free some space on its disk", "data", e.cfg.Dir, "error", b.Err())
+			stop()
+			*carried = e.take(b)
+			return true, nil
+		case <-runCtx.Done():
+			select {
+			case <-b.Failed():
+				continue
+			case <-time.After(100 * time.Millisecond): // the fault may be on its way
+			}
+			err := context.Cause(runCtx)
+			stop()
+			if b.Err() != nil {
+				*carried = e.take(b)
+				return true, nil
+			}
+			return false, err
+		case <-back:
+			if !hasSpace(e.cfg.Dir) {
+				continue
+			}
+			e.log.Info("there is space on the disk again: going back to it", "data", e.cfg.Dir)
+			stop()
+			*carried = e.take(b)
+			return false, nil
+		}
+	}
+}
+
+func hasSpace(dir string) bool {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil {
+		return false
+	}
+	free, size := int64(st.Bavail)*st.Bsize, int64(st.Blocks)*st.Bsize
+	return free >= min(spaceWanted, size/10) && probeWrite(dir) == nil
+}
+
+// probeWrite writes a file and takes it away again.
+func probeWrite(dir string) error {
+	f, err := os.CreateTemp(dir, ".probe-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(make([]byte, 64<<10))
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// take reads what a store that is being left still has to do.
+func (e *engine) take(b *broker.Broker) snapshot {
+	ctx, cancel := context.WithTimeout(context.Background(), carryTimeout)
+	defer cancel()
+	var s snapshot
+	var errs [4]error
+	s.state, errs[0] = b.State().Dump(ctx)
+	s.alerts, errs[1] = b.UnroutedAlerts(ctx)
+	s.steps, errs[2] = b.UnfinishedSteps(ctx)
+	if b.InMemory() {
+		errs[3] = b.Outcomes(ctx, time.Time{}, func(o broker.Outcome) error {
+			s.outcomes = append(s.outcomes, o)
+			return nil
+		})
+	}
+	if err := errors.Join(errs[:]...); err != nil {
+		e.log.Error("reading what the store left to be done", "error", err)
+	}
+	return s
+}
+
+// restore writes what must be there before a host reads it.
+func (s *snapshot) restore(ctx context.Context, b *broker.Broker) error {
+	ctx, cancel := context.WithTimeout(ctx, carryTimeout)
+	defer cancel()
+	if err := b.State().Restore(ctx, s.state); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	return nil
+}
+
+// publish hands the rest over. What comes twice by this is recognised: alerts
+// by their id, steps by theirs.
+func (s *snapshot) publish(ctx context.Context, b *broker.Broker, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, carryTimeout)
+	defer cancel()
+	for _, step := range s.steps {
+		if _, err := b.PublishStep(ctx, step); err != nil {
+			log.Error("a step could not be taken to the next store", "step", step.ID, "rule", step.Rule, "error", err)
+		}
+	}
+	if n, err := b.Store(ctx, s.alerts); err != nil {
+		log.Error("alerts could not be taken to the next store", "alerts", len(s.alerts)-n, "error", err)
+	}
+	for _, o := range s.outcomes {
+		if err := b.PublishOutcome(o); err != nil {
+			log.Error("an outcome could not be taken to the next store", "step", o.ID, "error", err)
+			return
+		}
+	}
+}
+
+// modesOf are the modes of the rules in force.
+func modesOf(s *rules.Set) map[string]broker.Mode {
+	m := make(map[string]broker.Mode, len(s.Rules))
+	for _, r := range s.Rules {
+		m[r.Name] = r.Mode
+	}
+	return m
+}
+
+// setRules puts rules in force.
+func (e *engine) setRules(ctx context.Context, s *rules.Set) {
+	// First since when they enforce, then the rules: an alert that the new
+	// rules match came after that.
+	if g := e.current.Load(); g != nil {
+		if err := g.host.SetRules(ctx, modesOf(s)); err != nil {
+			e.log.Error("since when rules enforce could not be stored", "error", err)
+		}
+	}
+	e.router.SetRules(s)
+}
+
+// idle reports whether nothing is left to be done, and how many steps wait.
+func (e *engine) idle() (bool, int64) {
+	g := e.current.Load()
+	if g == nil {
+		return false, 0
+	}
+	if g.broker.Unrouted() > 0 {
+		return false, 0
+	}
+	var waiting int64
+	for _, entry := range e.host.Entries {
+		waiting += max(0, g.broker.Waiting(entry.Name))
+	}
+	return waiting == 0, waiting
+}

@@ -1,0 +1,505 @@
+package cli
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"stoop/alert"
+	"stoop/broker"
+	"stoop/pipe"
+	"stoop/responders"
+	"stoop/router"
+	"stoop/rules"
+	"stoop/web"
+)
+
+// stopTimeout bounds an orderly stop.
+const stopTimeout = 10 * time.Second
+
+// leaveAfter is how long a run whose input has ended waits for steps that are
+// tried again and again; with a data folder they go on at the next start.
+const leaveAfter = 30 * time.Second
+
+func (p *program) runCommand() *cobra.Command {
+	var f struct {
+		config, rules, mode, pipe, file, node, data, kubeconfig string
+		stdin                                                   bool
+	}
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Read alerts and answer them",
+		Long: `Reads Falco's alerts and answers them by the rules, until it is told to stop
+(SIGTERM or Ctrl-C; a second one ends it at once). With --stdin it stops by
+itself when the input ends and all of it is dealt with.
+
+Rules are read again when their file changes. In audit mode, the default,
+everything happens but the acts.`,
+		Example: `  stoop run --rules rules.yaml --pipe /run/stoop/falco.pipe
+  kubectl logs -f ds/falco -n falco | stoop run --stdin --kubeconfig ~/.kube/config`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := loadConfig(f.config)
+			if err != nil {
+				return wrong(err)
+			}
+			set := func(v *string, flag string) {
+				if flag != "" {
+					*v = flag
+				}
+			}
+			set(&c.Mode, f.mode)
+			set(&c.Node, f.node)
+			set(&c.Data, f.data)
+			set(&c.Kubernetes.Kubeconfig, f.kubeconfig)
+			if f.pipe != "" || f.file != "" || f.stdin {
+				c.Source = Source{Pipe: f.pipe, File: f.file, Stdin: f.stdin}
+			}
+			if c.Mode != string(broker.Audit) && c.Mode != string(broker.Enforce) {
+				return usage("--mode is %q: it is audit or enforce", c.Mode)
+			}
+			return p.run(cmd.Context(), &c, f.rules)
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.config, "config", "", "the configuration (default "+defaultConfig+", if it is there)")
+	fl.StringVar(&f.rules, "rules", defaultRules, "the rules")
+	fl.StringVar(&f.mode, "mode", "", "audit or enforce (default: the configuration's, or audit)")
+	fl.StringVar(&f.pipe, "pipe", "", "read the FIFO `PATH`; created if missing")
+	fl.BoolVar(&f.stdin, "stdin", false, "read standard input, and stop at its end")
+	fl.StringVar(&f.file, "file", "", "follow the file `PATH`")
+	fl.StringVar(&f.node, "node", "", "this node's name (default NODE_NAME, then the host's name)")
+	fl.StringVar(&f.data, "data", "", "the data folder (default /var/lib/stoop)")
+	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "reach the API server by `FILE` (default: in a pod, its service account)")
+	cmd.MarkFlagsMutuallyExclusive("pipe", "file", "stdin")
+	return cmd
+}
+
+// defaultRules is where the rules are when --rules is not given.
+const defaultRules = "/etc/stoop/rules.yaml"
+
+// run wires everything together and waits for the end. What opens is closed in
+// the reverse order: sources, intake, engine, the rest.
+func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err error) {
+	log := p.logger(c.Log)
+	node, err := c.nodeName()
+	if err != nil {
+		return err
+	}
+	entries := responders.All()
+	catalog := catalogOf(entries)
+	set, err := rules.Load(rulesPath, catalog)
+	if err != nil {
+		return wrong(err)
+	}
+	for _, w := range set.Warnings {
+		log.Warn("rules", "warning", w.String())
+	}
+	bc, err := c.brokerConfig()
+	if err != nil {
+		return wrong(err)
+	}
+	bc.Log = log
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+
+	kube, self, err := c.cluster(log)
+	if err != nil {
+		return wrong(err)
+	}
+	var pods *responders.Pods
+	if kube != nil {
+		pods = responders.NewPods(kube, node, log)
+	}
+	if err := os.MkdirAll(c.Data, 0o700); err != nil {
+		return fmt.Errorf("data folder (set data, or --data): %w", err)
+	}
+	// The pipe first of all: Falco, which may be starting, would make a
+	// regular file in its place.
+	sources, err := c.sources(p)
+	if err != nil {
+		return wrong(err)
+	}
+	local, err := listenLocal(ctx, c.Data)
+	if err != nil {
+		return err
+	}
+
+	r := router.New(log, reg)
+	r.SetRules(set)
+	told := &teller{node: node, log: log}
+	e := &engine{
+		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
+		host: responders.Config{
+			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Tell: told.tell,
+			Env:    responders.Env{Kube: kube, Node: node, Cluster: c.Cluster, Data: c.Data, Log: log},
+			Guards: c.guards(node, self),
+		},
+	}
+	intake := pipe.NewIntake(pipe.Options{
+		Store: e.store, Log: log, Registerer: reg,
+		OnShed: func(pr alert.Priority, n int) {
+			told.tell("alerts shed", fmt.Sprintf("%d alerts of priority %s were shed: the store did not keep up", n, pr))
+		},
+	})
+	told.intake = intake
+	h := &health{engine: e, intake: intake, pods: pods, source: len(sources) > 0}
+	h.rules.Store(set)
+	h.register(reg)
+
+	// background lives until the very end, engine until the intake is empty.
+	background, stopBackground := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stopBackground(nil)
+	engineCtx, stopEngine := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopEngine()
+	reading, stopReading := context.WithCancelCause(ctx)
+	defer stopReading(nil)
+
+	var bg, eng, src sync.WaitGroup
+	var engineErr error
+	bg.Go(func() { _ = local.Serve(background) })
+	if pods != nil {
+		bg.Go(func() { pods.Run(background) })
+	}
+	eng.Go(func() {
+		if engineErr = e.run(engineCtx); engineErr != nil {
+			stopReading(engineErr)
+		}
+	})
+	select {
+	case <-e.ready:
+	case <-reading.Done():
+	}
+	watcher := &rules.Watcher{
+		Path: rulesPath, Catalog: catalog, Hash: set.Hash,
+		OnChange: func(s *rules.Set) {
+			e.setRules(background, s)
+			h.rules.Store(s)
+			h.rulesBad.Store(false)
+			log.Info("rules read", "rules", len(s.Rules), "hash", s.Hash)
+		},
+		OnError: func(err error) {
+			h.rulesBad.Store(true)
+			var ps rules.Problems
+			if errors.As(err, &ps) {
+				log.Error("the rules are wrong: the last good ones stay in force", "error", ps.Summary(), "problems", len(ps), "do", "stoop check --rules "+rulesPath)
+			} else {
+				log.Error("the rules can't be read: the last good ones stay in force", "error", err)
+			}
+			told.tell("rules are wrong", "the rules file is wrong; the last good rules stay in force (run stoop check)")
+		},
+		OnRecovered: func() { h.rulesBad.Store(false) },
+	}
+	bg.Go(func() { watcher.Run(background) })
+	if c.HTTP.Listen != "" {
+		srv, err := web.Listen(c.HTTP.Listen, reg, h.ready, h.live, log)
+		if err != nil {
+			stopReading(err)
+		} else {
+			bg.Go(func() { srv.Run(background) })
+		}
+		if !isLoopback(c.HTTP.Listen) {
+			log.Warn("metrics and health are served beyond this machine, without authentication", "listen", c.HTTP.Listen)
+		}
+	}
+
+	log.Info("ready", "version", version(), "node", node, "mode", c.Mode, "rules", len(set.Rules), "hash", set.Hash, "cluster", kube != nil)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	bg.Go(func() { watchdog(background, h) })
+	ended := make(chan struct{})
+	for _, s := range sources {
+		src.Go(func() {
+			if err := s.Run(reading, intake); err != nil {
+				stopReading(err)
+			}
+		})
+	}
+	go func() { src.Wait(); close(ended) }()
+
+	select {
+	case <-reading.Done(): // told to stop, or something is broken
+	case <-ended: // the input is over: deal with all of it
+		waitIdle(reading, intake, e)
+	}
+	cause := context.Cause(reading)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	stopReading(nil)
+	<-ended
+	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout-2*time.Second)
+	defer cancel()
+	closeErr := intake.Close(stopping)
+	stopEngine()
+	eng.Wait()
+	stopBackground(nil)
+	bg.Wait()
+	if _, waiting := e.idle(); waiting > 0 {
+		log.Warn("steps are left to be done at the next start", "steps", waiting)
+	}
+	log.Info("stopped")
+	if errors.Is(cause, context.Canceled) {
+		cause = nil
+	}
+	if engineErr != nil && !errors.Is(cause, engineErr) {
+		cause = errors.Join(cause, engineErr)
+	}
+	return errors.Join(cause, closeErr)
+}
+
+// listenLocal opens the local socket, unless another stoop serves it.
+func listenLocal(ctx context.Context, dir string) (*broker.Local, error) {
+	if c, err := broker.Dial(dir); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("%s: %w", dir, broker.ErrLocked)
+	}
+	return broker.ListenLocal(dir)
+}
+
+// waitIdle waits until all that was read is dealt with.
+func waitIdle(ctx context.Context, in *pipe.Intake, e *engine) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	var patience time.Time
+	quiet := 0
+	for {
+		alerts, _, _ := in.Backlog()
+		done, _ := e.idle()
+		if alerts == 0 && done {
+			// The router's last steps may be on their way: look twice.
+			if quiet++; quiet > 2 {
+				return
+			}
+		} else {
+			quiet = 0
+		}
+		if alerts == 0 && e.routed() {
+			if patience.IsZero() {
+				patience = time.Now()
+			}
+			if time.Since(patience) > leaveAfter {
+				return
+			}
+		} else {
+			patience = time.Time{}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// routed reports whether every stored alert has been held against the rules.
+func (e *engine) routed() bool {
+	g := e.current.Load()
+	return g != nil && g.broker.Unrouted() == 0
+}
+
+func catalogOf(entries []responders.Entry) rules.Catalog {
+	c := rules.Catalog{}
+	for _, e := range entries {
+		c[e.Name] = e.Params
+	}
+	return c
+}
+
+// sources opens every source that the configuration names.
+func (c *Config) sources(p *program) ([]pipe.Source, error) {
+	var out []pipe.Source
+	fail := func(err error) ([]pipe.Source, error) { return nil, err }
+	s := c.Source
+	handed, err := pipe.HandedFIFO()
+	if err != nil {
+		return fail(err)
+	}
+	if handed != nil {
+		out = append(out, handed)
+	} else if s.Pipe == "" && s.File == "" && !s.Stdin && s.HTTP.Listen == "" {
+		s.Pipe = defaultPipe
+	}
+	if s.Pipe != "" && handed == nil {
+		f, err := pipe.OpenFIFO(s.Pipe)
+		if err != nil {
+			return fail(err)
+		}
+		out = append(out, f)
+	}
+	if s.File != "" {
+		f, err := pipe.OpenFile(s.File, c.Data)
+		if err != nil {
+			return fail(err)
+		}
+		out = append(out, f)
+	}
+	if s.Stdin {
+		f, ok := p.stdin.(*os.File)
+		if !ok {
+			return fail(errors.New("standard input is no file"))
+		}
+		out = append(out, pipe.NewStdin(f))
+	}
+	if s.HTTP.Listen != "" {
+		h, err := pipe.ListenHTTP(pipe.HTTPConfig{
+			Listen: s.HTTP.Listen, TokenFile: s.HTTP.TokenFile, Cert: s.HTTP.Cert, Key: s.HTTP.Key, ClientCA: s.HTTP.ClientCA,
+		})
+		if err != nil {
+			return fail(err)
+		}
+		out = append(out, h)
+	}
+	return out, nil
+}
+
+// cluster is the client for the API server, nil when there is none, and what
+// stoop is known by.
+func (c *Config) cluster(log *slog.Logger) (kubernetes.Interface, responders.Self, error) {
+	self := responders.Self{
+		PID: int64(os.Getpid()), Container: ownContainer(),
+		Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"),
+	}
+	var rc *rest.Config
+	var err error
+	if c.Kubernetes.Kubeconfig != "" {
+		rc, err = clientcmd.BuildConfigFromFlags("", c.Kubernetes.Kubeconfig)
+	} else if rc, err = rest.InClusterConfig(); errors.Is(err, rest.ErrNotInCluster) {
+		return nil, self, nil
+	} else if self.Namespace == "" {
+		ns, rerr := os.ReadFile("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+		if rerr == nil {
+			self.Namespace = strings.TrimSpace(string(ns))
+		}
+	}
+	if err != nil {
+		return nil, self, fmt.Errorf("reach the API server: %w", err)
+	}
+	self.User = tokenUser(rc)
+	rc.QPS, rc.Burst = float32(c.Kubernetes.QPS), c.Kubernetes.Burst
+	rc.UserAgent = "stoop/" + version()
+	rc.ContentType = "application/vnd.kubernetes.protobuf"
+	rc.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
+	rc.WarningHandlerWithContext = rest.NoWarnings{}
+	client, err := kubernetes.NewForConfig(rc)
+	if err != nil {
+		return nil, self, fmt.Errorf("reach the API server: %w", err)
+	}
+	log.Debug("cluster", "server", rc.Host, "user", self.User)
+	return client, self, nil
+}
+
+// tokenUser is the service account that a token is of, or "". The token is
+// not verified: it is our own.
+func tokenUser(rc *rest.Config) string {
+	token := rc.BearerToken
+	if token == "" && rc.BearerTokenFile != "" {
+		data, err := os.ReadFile(rc.BearerTokenFile)
+		if err != nil {
+			return ""
+		}
+		token = string(data)
+	}
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return ""
+	}
+	data, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return ""
+	}
+	var claims struct {
+		Subject string `json:"sub"`
+	}
+	if json.Unmarshal(data, &claims) != nil {
+		return ""
+	}
+	return claims.Subject
+}
+
+// containerInCgroup finds a container's id in a cgroup's path.
+var containerInCgroup = regexp.MustCompile(`[0-9a-f]{64}`)
+
+// ownContainer is the id of the container that stoop runs in, or "".
+func ownContainer() string {
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	return containerInCgroup.FindString(string(data))
+}
+
+func (c *Config) guards(node string, self responders.Self) responders.Guards {
+	g := responders.Guards{
+		Mode: broker.Mode(c.Mode), Node: node, Aliases: c.Aliases, Self: self,
+		Namespaces: slices.Clone(c.Guard.Protect.Namespaces), PriorityClasses: c.Guard.Protect.PriorityClasses,
+		Cooldown: time.Duration(c.Guard.Cooldown), MaxAge: time.Duration(c.Guard.MaxAge),
+		PerRule: responders.Rate(c.Guard.Limits.Rule), PerNamespace: responders.Rate(c.Guard.Limits.Namespace), PerNode: responders.Rate(c.Guard.Limits.Node),
+	}
+	if self.Namespace != "" {
+		g.Namespaces = append(g.Namespaces, self.Namespace)
+	}
+	return g
+}
+
+// teller tells people what no outcome says: as an alert of stoop's own, so that
+// a rule with source: stoop can send it wherever they look.
+type teller struct {
+	node   string
+	log    *slog.Logger
+	intake *pipe.Intake
+}
+
+func (t *teller) tell(title, detail string) {
+	t.log.Error(title, "detail", detail)
+	line, err := json.Marshal(struct {
+		Hostname string    `json:"hostname"`
+		Output   string    `json:"output"`
+		Priority string    `json:"priority"`
+		Rule     string    `json:"rule"`
+		Source   string    `json:"source"`
+		Time     time.Time `json:"time"`
+	}{t.node, detail, "Error", "stoop: " + title, "stoop", time.Now().UTC()})
+	if err != nil {
+		return
+	}
+	a, err := alert.Parse(line)
+	if err != nil {
+		return
+	}
+	t.intake.Put([]broker.Arrival{{Alert: a, Received: time.Now(), Origin: broker.OriginStoop}})
+}
+
+// watchdog tells systemd that stoop is alive, as long as it is.
+func watchdog(ctx context.Context, h *health) {
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every <= 0 {
+		return
+	}
+	tick := time.NewTicker(every / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if h.live() == nil {
+				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+			}
+		}
+	}
+}

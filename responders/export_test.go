@@ -1,0 +1,18 @@
+package responders
+
+import "time"
+
+// What tests in responders_test need to see: they can't be in this package,
+// since the conformance suite imports it.
+var (
+	Classify    = classify
+	ErrNoPod    = errNoPod
+	ErrUnproved = errUnproved
+	SlimPod     = slim
+)
+
+// SetProc has p read processes somewhere else than in /proc.
+func (p *Pods) SetProc(root string) { p.proc = proc(root) }
+
+// SetWait changes how long p waits for a pod to appear.
+func (p *Pods) SetWait(d time.Duration) { p.wait = d }

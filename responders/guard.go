@@ -1,0 +1,175 @@
+package responders
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"stoop/alert"
+	"stoop/broker"
+)
+
+// Guards are what stands between a rule and a harmful act. They are asked by
+// the host, right before the act, so that no responder can be reached around
+// them.
+type Guards struct {
+	Mode    broker.Mode // the program's: a ceiling for every rule
+	Node    string      // this node's name
+	Aliases []string    // further hostnames that mean this node
+	Self    Self
+
+	Namespaces      []string // protected; globs
+	PriorityClasses []string // protected; globs
+
+	Cooldown time.Duration // per rule and object, from done on
+	MaxAge   time.Duration // an older alert is not acted on
+
+	// Harmful steps at most; the zero value is no limit.
+	PerRule, PerNamespace, PerNode Rate
+}
+
+// Self is what stoop is known by, so that it never answers itself.
+type Self struct {
+	PID       int64
+	Container string // the id of its own container; "" on a host
+	User      string // its user name at the API server
+	Namespace string
+	Pod       string
+}
+
+// Rate is N in a window; N = 0 is no limit.
+type Rate struct {
+	N   int
+	Per time.Duration
+}
+
+const (
+	// ownerWindow and ownerDeletes: delete, recreate, alert, delete is no
+	// answer.
+	ownerWindow  = 30 * time.Minute
+	ownerDeletes = 2
+	// future is how far ahead of this node's clock an alert may be.
+	future = 30 * time.Second
+)
+
+// trust holds back the steps of alerts that are not to be believed or are not
+// this node's to answer. It returns the guard's name and the reason, or "".
+func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, reason string) {
+	t := s.Target
+	switch {
+	case a.Text:
+		return "text", "a plain-text alert can be forged by whoever runs a process; set json_output: true in falco.yaml"
+	case a.Source == alert.SourceInternal:
+		return "internal", "Falco says this of itself"
+	case s.Origin == broker.OriginStoop:
+		return "internal", "stoop says this of itself"
+	case s.Origin == broker.OriginOpenHTTP:
+		return "unauthenticated", "the alert came over HTTP without authentication; set source.http.token-file or client-ca"
+	case t.Node != "" && t.Node != g.Node && !slices.Contains(g.Aliases, t.Node):
+		return "node", fmt.Sprintf("not this node (hostname %s)", quote(t.Node))
+	case g.Self.PID != 0 && t.PID == g.Self.PID,
+		g.Self.Container != "" && sameContainer(t.Container, g.Self.Container):
+		return "self", "stoop raised this alert itself"
+	case a.Time.IsZero():
+		return "age", "the alert has no time that can be read"
+	case now.Sub(a.Time) > g.MaxAge:
+		return "age", fmt.Sprintf("the alert is %s old, more than guard.maxAge (%s)", now.Sub(a.Time).Round(time.Second), g.MaxAge)
+	case a.Time.Sub(now) > future:
+		return "age", fmt.Sprintf("the alert is from the future, by %s", a.Time.Sub(now).Round(time.Second))
+	}
+	if u, ok := a.Field("ka.user.name"); ok && g.Self.User != "" && u == g.Self.User {
+		return "self", "stoop's own service account caused this"
+	}
+	return "", ""
+}
+
+// protected holds back what must never be touched, whatever a rule says. It
+// looks at namespaces and configuration, never at what a tenant can write.
+func (g *Guards) protected(t alert.Target, pod *corev1.Pod) string {
+	ns := t.Namespace
+	if pod != nil {
+		ns = pod.Namespace
+	}
+	switch {
+	case ns != "" && matchAny(g.Namespaces, ns):
+		return fmt.Sprintf("namespace %s is protected", ns)
+	case g.Self.Pod != "" && ns == g.Self.Namespace && t.Pod == g.Self.Pod:
+		return "this is stoop's own pod"
+	case pod == nil:
+		return ""
+	case matchAny(g.PriorityClasses, pod.Spec.PriorityClassName):
+		return fmt.Sprintf("priority class %s is protected", pod.Spec.PriorityClassName)
+	case isMirror(pod):
+		return "this is a static pod's mirror: the kubelet runs it whatever the API server says"
+	}
+	return ""
+}
+
+func isMirror(pod *corev1.Pod) bool {
+	_, ok := pod.Annotations[corev1.MirrorPodAnnotationKey]
+	return ok
+}
+
+func matchAny(globs []string, s string) bool {
+	return s != "" && slices.ContainsFunc(globs, func(g string) bool {
+		ok, err := path.Match(g, s)
+		return err == nil && ok
+	})
+}
+
+func sameContainer(a, b string) bool {
+	n := min(len(a), len(b))
+	return n >= 12 && a[:n] == b[:n]
+}
+
+// quote shows a value that an attacker may have chosen.
+func quote(s string) string {
+	if len(s) > 64 {
+		s = s[:64] + "…"
+	}
+	return fmt.Sprintf("%q", s)
+}
+
+// objectOf is what the cooldown counts by: the pod, the container or the
+// process, never the alert's text.
+func objectOf(t alert.Target) string {
+	switch {
+	case t.UID != "":
+		return "pod/" + t.UID
+	case t.Pod != "":
+		return "pod/" + t.Namespace + "/" + t.Pod
+	case t.Container != "":
+		return "container/" + t.Container[:12]
+	case t.PID != 0:
+		return fmt.Sprintf("process/%d/%d", t.PID, t.PIDStart)
+	}
+	return "node/" + t.Node
+}
+
+// ownerOf is the controller of the pod, or "" for a pod without one.
+func ownerOf(pod *corev1.Pod) string {
+	if pod == nil {
+		return ""
+	}
+	for _, o := range pod.OwnerReferences {
+		if o.Controller != nil && *o.Controller {
+			return string(o.UID)
+		}
+	}
+	return ""
+}
+
+// Foresee is why a harmful step for a recorded alert would be held back, as far
+// as that can be told without a cluster and a past, or "". It takes the alert's
+// own time as now, and its hostname as this node.
+func (g *Guards) Foresee(a *alert.Alert) string {
+	s := &broker.Step{Target: a.Target()}
+	s.Target.Node = ""
+	if _, why := g.trust(a, s, a.Time); why != "" {
+		return why
+	}
+	return g.protected(s.Target, nil)
+}

@@ -1,0 +1,525 @@
+package responders
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+
+	"stoop/alert"
+	"stoop/broker"
+	"stoop/failpoint"
+)
+
+// Config is what a host is made of.
+type Config struct {
+	Broker  *broker.Broker
+	Entries []Entry
+	Env     Env
+	Pods    *Pods // nil without a cluster
+	Guards  Guards
+	Log     *slog.Logger
+	// Tell is called when people should know of something that no outcome
+	// says on its own, a breaker that opened: title is a constant, detail a
+	// sentence.
+	Tell func(title, detail string)
+	// Metrics are shared by all hosts of a process.
+	Metrics *Metrics
+}
+
+// Host runs the responders: it is what stands between the stream ACTIONS and
+// an act.
+type Host struct {
+	Config
+	responders map[string]*running
+	ledger     *ledger // of what was done
+	rehearsal  *ledger // of what would have been done, in audit mode
+	undos      *undos
+	pause      atomic.Pointer[Pause]
+	enforced   atomic.Pointer[enforced]
+}
+
+// running is a responder at work.
+type running struct {
+	Entry
+	act  Responder
+	mu   sync.Mutex
+	lane map[string]int // steps under way by destination
+}
+
+const (
+	// concurrency is how many steps of a responder are under way at once,
+	// and laneConcurrency of one destination.
+	concurrency     = 32
+	laneConcurrency = 4
+	// Tries of a step begin after retryFirst, and grow to retryMost apart.
+	retryFirst = 250 * time.Millisecond
+	retryMost  = 15 * time.Second
+	// notifyFor is how long telling people is tried. What harms is tried
+	// until the alert is older than guard.maxAge.
+	notifyFor = 30 * time.Minute
+	// busyAgain is when a step asks again whose object or destination is
+	// busy.
+	busyAgain = 50 * time.Millisecond
+	// grace is how long a step under way may go on when stoop is stopped.
+	grace = 5 * time.Second
+	// settle is how long a request that a killed process had sent may still
+	// be under way at the API server: only after it, a look tells.
+	settle = time.Second
+)
+
+// NewHost builds the responders and reads what STATE knows.
+func NewHost(ctx context.Context, c Config) (*Host, error) {
+	h := &Host{
+		Config: c, responders: map[string]*running{},
+		ledger: newLedger(c.Broker.State()), rehearsal: newLedger(nil),
+	}
+	if h.Log == nil {
+		h.Log = slog.New(slog.DiscardHandler)
+	}
+	if h.Tell == nil {
+		h.Tell = func(string, string) {}
+	}
+	if h.Metrics == nil {
+		h.Metrics = NewMetrics(prometheus.NewRegistry())
+	}
+	if h.Env.Log == nil {
+		h.Env.Log = h.Log
+	}
+	for _, e := range c.Entries {
+		if err := c.Broker.OpenSteps(ctx, e.Name); err != nil {
+			return nil, err
+		}
+		r := &running{Entry: e, lane: map[string]int{}}
+		if e.Object != PodObject || h.Env.Kube != nil {
+			r.act = e.New(h.Env)
+		}
+		h.responders[e.Name] = r
+	}
+	if err := h.ledger.load(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.loadPause(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.loadEnforced(ctx); err != nil {
+		return nil, err
+	}
+	var err error
+	h.undos, err = loadUndos(ctx, c.Broker.State())
+	return h, err
+}
+
+// Run answers steps until ctx is done, and returns when the last one that was
+// under way is over.
+func (h *Host) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var all sync.WaitGroup
+	for name := range h.responders {
+		all.Go(func() {
+			if err := h.Broker.ConsumeSteps(ctx, name, concurrency, h.handle); err != nil {
+				cancel(fmt.Errorf("responder %s: %w", name, err))
+			}
+		})
+	}
+	all.Go(func() { h.expireLoop(ctx) })
+	all.Go(func() { h.Broker.TrimLoop(ctx) })
+	all.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// handle is a step's way through the host: who is meant, what the guards say,
+// the act, what came of it, the next step. Only then is it acknowledged.
+func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
+	s := d.Step
+	r := h.responders[s.Responder]
+	if rec := h.ledger.get(s.ID); rec != nil && rec.Status != "" {
+		// An earlier process did it and was killed before it could say so.
+		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)
+		return
+	}
+	if done := h.enter(r, s); done != nil {
+		defer done()
+	} else {
+		h.retry(d, min(busyAgain*time.Duration(d.Attempt), 5*time.Second))
+		return
+	}
+	req, status, reason, again := h.prepare(ctx, d, r)
+	switch {
+	case again > 0:
+		h.retry(d, again)
+	case status != "":
+		h.finish(ctx, d, r, status, Result{Reason: reason}, false)
+	default:
+		h.act(ctx, d, r, req)
+	}
+}
+
+// prepare asks everything that is asked before an act. It returns the request
+// for the responder; or what became of the step instead, and why; or after how
+// long to ask again.
+func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req *Request, status broker.Status, reason string, again time.Duration) {
+	s := d.Step
+	a, err := alert.Parse(s.Alert)
+	if err != nil {
+		return nil, broker.Failed, fmt.Sprintf("the step's alert can't be read: %v", err), 0
+	}
+	a.ID = s.AlertID
+	now := time.Now()
+	begun := h.ledger.get(s.ID) != nil
+	if r.Kind != Harm {
+		if now.Sub(s.Received) > notifyFor {
+			return nil, broker.Expired, fmt.Sprintf("given up after %s", notifyFor), 0
+		}
+	} else if guard, why := h.Guards.trust(a, s, now); guard != "" {
+		if begun && guard == "age" {
+			return nil, broker.Expired, "given up: " + why, 0
+		}
+		h.Metrics.suppressed.WithLabelValues(guard).Inc()
+		return nil, broker.Suppressed, why, 0
+	}
+	mode, why := h.mode(s)
+	req = &Request{Step: s, Alert: a, Target: s.Target, Resumed: begun}
+	if r.Object == PodObject {
+		if s.Target.Host {
+			return nil, broker.Refused, "the host raised the alert: there is no pod", 0
+		}
+		if h.Pods == nil {
+			if mode == broker.Audit {
+				return nil, broker.Audited, "no cluster: the pod could not be looked up", 0
+			}
+			return nil, broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
+		}
+		pod, t, err := h.Pods.Resolve(ctx, s.Target)
+		if err != nil {
+			if protected := h.Guards.protected(s.Target, nil); protected != "" {
+				return h.suppress("protected", protected)
+			}
+			if ctx.Err() != nil {
+				return nil, "", "", retryFirst
+			}
+			status, retry, after, reason := classify(err)
+			if retry {
+				return nil, "", "", max(after, retryFirst)
+			}
+			return nil, status, reason, 0
+		}
+		req.Pod, req.Target, s.Target = pod, t, t
+	}
+	if r.Kind != Harm {
+		if mode == broker.Audit {
+			return nil, broker.Audited, why, 0
+		}
+		return req, "", "", 0
+	}
+	if p := h.paused(s); p != "" {
+		return h.suppress("pause", p)
+	}
+	if p := h.Guards.protected(req.Target, req.Pod); p != "" {
+		return h.suppress("protected", p)
+	}
+	if c, ok := r.act.(Checker); ok {
+		if err := c.Check(ctx, req); err != nil {
+			status, retry, after, reason := classify(err)
+			if retry {
+				return nil, "", "", max(after, retryFirst)
+			}
+			return nil, status, reason, 0
+		}
+	}
+	l := h.ledger
+	if mode == broker.Audit {
+		l = h.rehearsal
+	}
+	v := l.begin(s.ID, act{
+		Rule: s.Rule, Responder: s.Responder, Object: objectOf(req.Target), Namespace: req.Target.Namespace,
+		Owner: ownerOf(req.Pod), Urgent: a.Priority.Urgent(), Began: now,
+	}, &h.Guards, r.Instead != "", now)
+	switch {
+	case v.busy:
+		return nil, "", "", busyAgain
+	case v.opened != "":
+		if mode == broker.Enforce {
+			if err := l.saveBreaker(ctx, v.opened); err != nil {
+				h.Log.Error("an open breaker could not be stored: a restart would forget it", "breaker", v.opened, "error", err)
+			}
+			h.Metrics.breakers.Inc()
+			h.Tell("breaker opened", v.reason)
+		}
+		return h.suppress(v.guard, v.reason)
+	case v.guard == "owner" && mode == broker.Enforce:
+		return h.instead(ctx, s, r, v.reason)
+	case v.guard != "":
+		return h.suppress(v.guard, v.reason)
+	case mode == broker.Audit:
+		l.end(s.ID, broker.Done, Result{}, "", now)
+		return nil, broker.Audited, why, 0
+	}
+	return req, "", "", 0
+}
+
+func (h *Host) suppress(guard, reason string) (*Request, broker.Status, string, time.Duration) {
+	h.Metrics.suppressed.WithLabelValues(guard).Inc()
+	return nil, broker.Suppressed, reason, 0
+}
+
+// instead puts the gentler responder in the step's place and tells people.
+func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, reason string) (*Request, broker.Status, string, time.Duration) {
+	reason += "; " + r.Instead + " is done instead"
+	n := *s
+	n.ID = broker.StepID(s.AlertID, s.Rule, s.Position, r.Instead)
+	n.Action = broker.Action{Responder: r.Instead}
+	n.Remaining = nil // the chain goes on from the step itself
+	if _, err := h.Broker.PublishStep(ctx, &n); err != nil {
+		h.Log.Error("the step in another's place could not be stored", "step", s.ID, "responder", r.Instead, "error", err)
+		return nil, "", "", retryFirst
+	}
+	h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
+	return h.suppress("owner", reason)
+}
+
+// act lets the responder act, between the two records that make sure that a
+// crash neither loses the act nor does it twice.
+func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Request) {
+	s := d.Step
+	harm := r.Kind == Harm
+	if harm {
+		failpoint.Hit("host.before-intent")
+		if !req.Resumed {
+			if err := h.ledger.save(ctx, s.ID); err != nil {
+				// A full disk must not disarm stoop: the act goes on, known
+				// only to this process.
+				h.Log.Error("the intent of a step could not be stored", "step", s.ID, "error", err)
+			}
+		} else if rec := h.ledger.get(s.ID); rec != nil && time.Since(rec.Began) < settle {
+			h.retry(d, settle-time.Since(rec.Began))
+			return
+		}
+		failpoint.Hit("host.after-intent")
+	}
+	s.Took.Requested = broker.MicrosSince(s.Received)
+	actCtx, cancel := h.deadline(ctx, r.Deadline)
+	res, err := r.act.Act(actCtx, req)
+	cancel()
+	s.Took.Done = broker.MicrosSince(s.Received)
+	failpoint.Hit("host.after-act")
+	if ctx.Err() != nil && err != nil && errors.Is(err, context.Canceled) {
+		return // stoop is being stopped: the step is given again at the next start
+	}
+	status, retry, after, reason := classify(err)
+	if retry {
+		h.Metrics.retries.WithLabelValues(r.Name).Inc()
+		o := s.Outcome(broker.Retrying, reason)
+		o.Attempt = d.Attempt
+		h.record(o)
+		if after == 0 {
+			after = backoff(d.Attempt)
+		}
+		h.retry(d, after)
+		return
+	}
+	if err == nil {
+		reason = res.Reason
+		if res.Nothing {
+			status = broker.Nothing
+		}
+	}
+	undo := status == broker.Done && res.Undo != nil
+	if undo {
+		if err := h.undos.add(ctx, s, r.Name, res); err != nil {
+			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
+		}
+	}
+	res.Reason = reason
+	if harm {
+		h.ledger.end(s.ID, status, res, reason, time.Now())
+		if err := h.ledger.save(ctx, s.ID); err != nil {
+			h.Log.Error("the result of a step could not be stored", "step", s.ID, "error", err)
+		}
+		failpoint.Hit("host.after-result")
+	}
+	h.finish(ctx, d, r, status, res, undo)
+}
+
+// deadline bounds an act. When stoop is stopped, one under way has grace to
+// end.
+func (h *Host) deadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	act, cancel := context.WithTimeout(context.WithoutCancel(ctx), d)
+	stop := context.AfterFunc(ctx, func() {
+		t := time.AfterFunc(grace, cancel)
+		context.AfterFunc(act, func() { t.Stop() })
+	})
+	return act, func() { stop(); cancel() }
+}
+
+// finish publishes the next step, records the outcome, and acknowledges.
+func (h *Host) finish(ctx context.Context, d *broker.Delivery, r *running, status broker.Status, res Result, undo bool) {
+	s := d.Step
+	if err := h.next(ctx, s, status, res); err != nil {
+		h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
+		h.retry(d, backoff(d.Attempt))
+		return
+	}
+	failpoint.Hit("host.after-next")
+	o := s.Outcome(status, res.Reason)
+	o.Found, o.Undo = res.Found, undo
+	h.record(o)
+	failpoint.Hit("host.before-ack")
+	if err := d.Ack(); err != nil {
+		h.Log.Warn("a step could not be acknowledged, and will come again", "step", s.ID, "error", err)
+	}
+}
+
+// next publishes the step after s, if its chain goes on.
+func (h *Host) next(ctx context.Context, s *broker.Step, status broker.Status, res Result) error {
+	if len(s.Remaining) == 0 {
+		return nil
+	}
+	n := *s
+	n.Found = append(slices.Clone(s.Found), broker.Finding{Responder: s.Responder, Status: status, Reason: res.Reason, Found: res.Found})
+	n.Took = broker.Took{Stored: s.Took.Stored, Matched: s.Took.Matched}
+	stopped := ""
+	if s.OnFailure == broker.Stop {
+		switch status {
+		case broker.Failed, broker.Refused, broker.Expired, broker.Suppressed, broker.Denied:
+			stopped = fmt.Sprintf("%s before it ended as %s, and its onFailure is stop", s.Responder, status)
+		}
+	}
+	for i, a := range s.Remaining {
+		n.Position = s.Position + 1 + i
+		n.ID = broker.StepID(s.AlertID, s.Rule, n.Position, "")
+		n.Action, n.Remaining = a, s.Remaining[i+1:]
+		if stopped == "" {
+			_, err := h.Broker.PublishStep(ctx, &n)
+			if errors.Is(err, broker.ErrQueueFull) {
+				h.record(n.Outcome(broker.Failed, err.Error()))
+				continue // the one after it may be for a responder that has room
+			}
+			return err
+		}
+		h.record(n.Outcome(broker.Suppressed, stopped))
+	}
+	return nil
+}
+
+// record stores an outcome, counts it and logs it.
+func (h *Host) record(o broker.Outcome) {
+	o.Node, o.Cluster = h.Env.Node, h.Env.Cluster
+	if err := h.Broker.PublishOutcome(o); err != nil {
+		h.Log.Error("an outcome could not be stored", "step", o.ID, "responder", o.Responder, "status", o.Status, "reason", o.Reason, "error", err)
+	}
+	h.Metrics.outcomes.WithLabelValues(o.Responder, string(o.Status)).Inc()
+	if o.Took.Done > 0 && o.Status == broker.Done {
+		h.Metrics.took.WithLabelValues(o.Responder).Observe(float64(o.Took.Done) / 1e6)
+	}
+	level := slog.LevelInfo
+	switch o.Status {
+	case broker.Failed, broker.Expired, broker.Retrying:
+		level = slog.LevelWarn
+	case broker.Suppressed, broker.Nothing:
+		level = slog.LevelDebug
+	}
+	h.Log.Log(context.Background(), level, "step", "status", o.Status, "responder", o.Responder, "rule", o.Rule,
+		"namespace", o.Target.Namespace, "pod", o.Target.Pod, "reason", o.Reason, "step", o.ID, "took", time.Duration(o.Took.Done)*time.Microsecond)
+}
+
+func (h *Host) retry(d *broker.Delivery, after time.Duration) {
+	if err := d.Retry(after); err != nil {
+		h.Log.Warn("a step could not be given back, and will come again", "step", d.Step.ID, "error", err)
+	}
+}
+
+// enter takes a place in the step's lane and returns how it is given back, or
+// nil when the lane is full.
+func (h *Host) enter(r *running, s *broker.Step) func() {
+	if r.Lane == nil {
+		return func() {}
+	}
+	lane := r.Lane(s.Params)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lane[lane] >= laneConcurrency {
+		return nil
+	}
+	r.lane[lane]++
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.lane[lane]--; r.lane[lane] == 0 {
+			delete(r.lane, lane)
+		}
+	}
+}
+
+// backoff is how long to wait after a try: twice as long each time, by a
+// random fifth more or less, so that many don't come at once.
+func backoff(attempt int) time.Duration {
+	d := retryMost
+	if attempt < 8 {
+		d = min(retryFirst<<(attempt-1), retryMost)
+	}
+	return d - d/5 + rand.N(2*d/5)
+}
+
+// mode is the strictest of program and rule, and why it is audit.
+func (h *Host) mode(s *broker.Step) (broker.Mode, string) {
+	switch {
+	case h.Guards.Mode != broker.Enforce:
+		return broker.Audit, "the program is in audit mode"
+	case s.Mode != broker.Enforce:
+		return broker.Audit, "the rule is in audit mode"
+	}
+	if since := h.enforced.Load().since(s.Rule); s.Received.Before(since) {
+		return broker.Audit, "the alert came before enforce was switched on"
+	}
+	return broker.Enforce, ""
+}
+
+// Metrics are what the host counts.
+type Metrics struct {
+	outcomes, suppressed, retries *prometheus.CounterVec
+	breakers                      prometheus.Counter
+	took                          *prometheus.HistogramVec
+}
+
+// NewMetrics registers the host's metrics. Their labels are responders,
+// statuses and guards, never anything out of an alert.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		outcomes:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "stoop_outcomes_total", Help: "Outcomes of steps, by responder and status."}, []string{"responder", "status"}),
+		suppressed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "stoop_suppressed_total", Help: "Harmful steps that a guard held back, by guard."}, []string{"guard"}),
+		retries:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "stoop_retries_total", Help: "Tries that failed and are made again, by responder."}, []string{"responder"}),
+		breakers:   prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_breakers_opened_total", Help: "How often a limit was reached and its breaker opened."}),
+		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "stoop_step_seconds", Help: "From an alert's arrival to a step done, by responder.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 60},
+		}, []string{"responder"}),
+	}
+	r.MustRegister(m.outcomes, m.suppressed, m.retries, m.breakers, m.took)
+	return m
+}
+
+// jsonOf is v as JSON, for what can't fail.
+func jsonOf(v any) json.RawMessage {
+	data, err := json.Marshal(v)
+	if err != nil {
+		panic(fmt.Sprintf("marshal %T: %v", v, err))
+	}
+	return data
+}
+
+// podName is how a pod is called in logs and reasons.
+func podName(p *corev1.Pod) string { return p.Namespace + "/" + p.Name }

@@ -1,0 +1,189 @@
+package responders
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"stoop/alert"
+	"stoop/broker"
+)
+
+// undo is what STATE holds of a step that can be taken back, under undo.<step
+// id>, until it has been.
+type undo struct {
+	Responder string          `json:"responder"`
+	Rule      string          `json:"rule"`
+	Alert     string          `json:"alert"`
+	Target    alert.Target    `json:"target"`
+	Record    json.RawMessage `json:"record"`
+	Due       time.Time       `json:"due,omitzero"` // when it is taken back by itself
+	Undone    time.Time       `json:"undone,omitzero"`
+}
+
+// undoneKept is how long it is remembered that a step was taken back.
+const undoneKept = 24 * time.Hour
+
+// undos are all of them.
+type undos struct {
+	state *broker.State
+	mu    sync.Mutex
+	byID  map[string]*undo
+	busy  map[string]bool
+	wake  chan struct{} // a token when a due time was added
+}
+
+func loadUndos(ctx context.Context, state *broker.State) (*undos, error) {
+	u := &undos{state: state, byID: map[string]*undo{}, busy: map[string]bool{}, wake: make(chan struct{}, 1)}
+	err := state.Each(ctx, "undo.*", func(key string, value []byte, _ time.Time) error {
+		r := &undo{}
+		if err := json.Unmarshal(value, r); err != nil {
+			return fmt.Errorf("read state %s: %w", key, err)
+		}
+		u.byID[key[len("undo."):]] = r
+		return nil
+	})
+	return u, err
+}
+
+func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res Result) error {
+	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo}
+	if res.TTL > 0 {
+		r.Due = time.Now().Add(res.TTL).UTC()
+	}
+	u.mu.Lock()
+	u.byID[s.ID] = r
+	u.mu.Unlock()
+	select {
+	case u.wake <- struct{}{}:
+	default:
+	}
+	return u.state.Put(ctx, "undo."+s.ID, r, 0)
+}
+
+// next is the step that falls due first, and when.
+func (u *undos) next() (id string, due time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for i, r := range u.byID {
+		if r.Undone.IsZero() && !r.Due.IsZero() && !u.busy[i] && (due.IsZero() || r.Due.Before(due)) {
+			id, due = i, r.Due
+		}
+	}
+	return id, due
+}
+
+// ErrNoUndo says that there is nothing to take back under an id.
+var ErrNoUndo = errors.New("no step of this id can be taken back (stoop history shows which can)")
+
+// Undo takes a step back. Taking back what was taken back already is the
+// status nothing.
+func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, error) {
+	u := h.undos
+	u.mu.Lock()
+	r := u.byID[id]
+	if r == nil {
+		u.mu.Unlock()
+		return broker.Outcome{}, fmt.Errorf("%q: %w", id, ErrNoUndo)
+	}
+	if u.busy[id] {
+		u.mu.Unlock()
+		return broker.Outcome{}, fmt.Errorf("step %s is being taken back already", id)
+	}
+	u.busy[id] = true
+	u.mu.Unlock()
+	defer func() {
+		u.mu.Lock()
+		delete(u.busy, id)
+		u.mu.Unlock()
+	}()
+	o := broker.Outcome{
+		ID: id, Time: time.Now().UTC(), Alert: r.Alert, Rule: r.Rule, Responder: r.Responder,
+		Target: r.Target, Actor: actor, Status: broker.Nothing, Reason: "it was taken back already",
+	}
+	if !r.Undone.IsZero() {
+		return o, nil
+	}
+	run := h.responders[r.Responder]
+	if run == nil || run.act == nil {
+		return o, fmt.Errorf("take back %s: responder %s can't work here (no cluster?)", id, r.Responder)
+	}
+	back, ok := run.act.(Undoer)
+	if !ok {
+		return o, fmt.Errorf("take back %s: %s can't be taken back", id, r.Responder)
+	}
+	actCtx, cancel := h.deadline(ctx, run.Deadline)
+	defer cancel()
+	res, err := back.Undo(actCtx, &UndoRequest{ID: id, Target: r.Target, Record: r.Record, Actor: actor})
+	status, retry, _, reason := classify(err)
+	switch {
+	case err == nil && !res.Nothing:
+		o.Status, o.Reason, o.Found = broker.Undone, res.Reason, res.Found
+	case err == nil:
+		o.Reason = res.Reason
+	case status == broker.Nothing:
+		o.Reason = reason
+	default:
+		o.Status, o.Reason = broker.Failed, "take back: "+reason
+		if retry {
+			o.Status = broker.Retrying
+		}
+		h.record(o)
+		return o, fmt.Errorf("take back %s: %s", id, reason)
+	}
+	u.mu.Lock()
+	r.Undone = time.Now().UTC()
+	stored := *r
+	u.mu.Unlock()
+	h.record(o)
+	if err := u.state.Put(ctx, "undo."+id, stored, undoneKept); err != nil {
+		return o, fmt.Errorf("step %s was taken back, but that could not be stored: %w", id, err)
+	}
+	return o, nil
+}
+
+// expireLoop takes back the steps whose ttl is over, also those that fell due
+// while stoop was down. One that fails is tried again, ever less often, for as
+// long as it can't be done: an isolation must not outlive its ttl because the
+// API server was away.
+func (h *Host) expireLoop(ctx context.Context) {
+	attempts := map[string]int{}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-h.undos.wake:
+		case <-timer.C:
+		}
+		id, due := h.undos.next()
+		if id == "" {
+			continue
+		}
+		if wait := time.Until(due); wait > 0 {
+			timer.Reset(wait)
+			continue
+		}
+		if _, err := h.Undo(ctx, id, "ttl"); err != nil {
+			attempts[id]++
+			h.undos.postpone(id, backoff(min(attempts[id], 8))*4)
+			h.Log.Warn("a ttl is over, but the step could not be taken back", "step", id, "attempt", attempts[id], "error", err)
+		} else {
+			delete(attempts, id)
+		}
+		timer.Reset(0)
+	}
+}
+
+// postpone moves a due time in memory.
+func (u *undos) postpone(id string, d time.Duration) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if r := u.byID[id]; r != nil {
+		r.Due = time.Now().Add(d)
+	}
+}

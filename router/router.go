@@ -1,0 +1,164 @@
+// Package router leads an alert from the stream ALERTS to its steps: it asks
+// the rules which of them match, and writes the routing slip of each. It is the
+// one place where alerts, rules and steps meet.
+package router
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"stoop/alert"
+	"stoop/broker"
+	"stoop/rules"
+)
+
+// SubjectTail is where verdicts are published while somebody watches.
+const SubjectTail = "stoop.tail"
+
+// Verdict is what the router made of an alert: for stoop tail.
+type Verdict struct {
+	Alert    string    `json:"alert"` // its id
+	Time     time.Time `json:"time"`
+	Rule     string    `json:"rule"` // Falco's
+	Priority string    `json:"priority"`
+	Source   string    `json:"source,omitempty"`
+	Output   string    `json:"output,omitempty"`
+	Hostname string    `json:"hostname,omitempty"`
+	Pod      string    `json:"pod,omitempty"` // namespace/name
+	Matched  []Match   `json:"matched,omitempty"`
+	Why      string    `json:"why,omitempty"` // why none did
+}
+
+// Match is a rule that matched an alert, and what follows from it.
+type Match struct {
+	Rule  string      `json:"rule"` // of rules.yaml
+	Mode  broker.Mode `json:"mode"`
+	Steps []string    `json:"steps"` // responders, in order
+}
+
+// MatchOf is a rule's match.
+func MatchOf(r *rules.Rule) Match {
+	m := Match{Rule: r.Name, Mode: r.Mode}
+	for _, a := range r.Actions {
+		m.Steps = append(m.Steps, a.Responder)
+	}
+	return m
+}
+
+// Router routes alerts by the rules in force.
+type Router struct {
+	rules   atomic.Pointer[rules.Set]
+	log     *slog.Logger
+	watched atomic.Int64 // until when somebody watches, in nanoseconds since 1970
+	routed  prometheus.Counter
+	matched prometheus.Counter
+	none    prometheus.Counter
+}
+
+// New is a router; it routes by no rules until [Router.SetRules].
+func New(log *slog.Logger, reg prometheus.Registerer) *Router {
+	r := &Router{
+		log:     log,
+		routed:  prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_alerts_routed_total", Help: "Alerts that were held against the rules."}),
+		matched: prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_rules_matched_total", Help: "Matches of an alert and a rule."}),
+		none:    prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_alerts_unmatched_total", Help: "Alerts that no rule matched."}),
+	}
+	r.rules.Store(&rules.Set{})
+	reg.MustRegister(r.routed, r.matched, r.none)
+	return r
+}
+
+// SetRules puts rules in force for the alerts from now on.
+func (r *Router) SetRules(s *rules.Set) { r.rules.Store(s) }
+
+// Rules are those in force.
+func (r *Router) Rules() *rules.Set { return r.rules.Load() }
+
+// Watch makes the router publish its verdicts for d from now.
+func (r *Router) Watch(d time.Duration) { r.watched.Store(time.Now().Add(d).UnixNano()) }
+
+// Run routes the alerts of both lanes of b until ctx is done.
+func (r *Router) Run(ctx context.Context, b *broker.Broker) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var lanes sync.WaitGroup
+	errs := [2]error{}
+	for i, urgent := range []bool{true, false} {
+		lanes.Go(func() {
+			errs[i] = b.RouteAlerts(ctx, urgent, func(s *broker.Stored) []*broker.Step { return r.route(b, s) })
+			cancel()
+		})
+	}
+	lanes.Wait()
+	if errs[0] != nil {
+		return errs[0]
+	}
+	return errs[1]
+}
+
+// route is the way of one alert.
+func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
+	r.routed.Inc()
+	a, err := alert.Parse(s.Data)
+	if err != nil { // the pipe parsed it: only a damaged store gets here
+		r.log.Error("a stored alert can't be read", "alert", s.ID, "error", err)
+		return nil
+	}
+	a.ID = s.ID // a plain-text line's is that of the line, not of the JSON made of it
+	set := r.rules.Load()
+	found := set.Match(a)
+	if time.Now().UnixNano() < r.watched.Load() {
+		r.tell(b, a, set, found)
+	}
+	if len(found) == 0 {
+		r.none.Inc()
+		return nil
+	}
+	r.matched.Add(float64(len(found)))
+	target := a.Target()
+	took := broker.Took{
+		Stored:  broker.Micros(s.StoredAt.Sub(s.Received).Microseconds()),
+		Matched: broker.MicrosSince(s.Received),
+	}
+	steps := make([]*broker.Step, 0, len(found))
+	for _, rule := range found {
+		steps = append(steps, &broker.Step{
+			ID:      broker.StepID(a.ID, rule.Name, 0, ""),
+			AlertID: a.ID, Alert: json.RawMessage(s.Data), Received: s.Received, Origin: s.Origin,
+			Rule: rule.Name, Rules: set.Hash, Mode: rule.Mode,
+			Action: rule.Actions[0], Remaining: rule.Actions[1:],
+			Target: target, Took: took,
+		})
+	}
+	return steps
+}
+
+func (r *Router) tell(b *broker.Broker, a *alert.Alert, set *rules.Set, found []*rules.Rule) {
+	t := a.Target()
+	v := Verdict{
+		Alert: a.ID, Time: a.Time, Rule: a.Rule, Priority: a.Priority.String(), Source: a.Source,
+		Output: a.Output, Hostname: a.Hostname,
+	}
+	if t.Pod != "" {
+		v.Pod = t.Namespace + "/" + t.Pod
+	}
+	for _, rule := range found {
+		v.Matched = append(v.Matched, MatchOf(rule))
+	}
+	if len(found) == 0 {
+		_, v.Why = set.Explain(a)
+	}
+	data, err := json.Marshal(v)
+	if err == nil {
+		err = b.Conn().Publish(SubjectTail, data)
+	}
+	if err != nil {
+		r.log.Warn("publish a verdict for tail", "error", err)
+	}
+}
