@@ -37,7 +37,7 @@ func catalog() rules.Catalog {
 			Labels map[string]string `param:"labels" doc:"The labels." required:"true"`
 		}{}),
 		"slack": param.Describe(struct {
-			Webhook param.Secret `param:"webhook" doc:"The address." required:"true"`
+			URL     param.Secret `param:"url" doc:"Where the address is read." required:"true"`
 			Channel string       `param:"channel" doc:"Where to."`
 		}{}),
 		"webhook": param.Describe(struct {
