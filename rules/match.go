@@ -145,7 +145,6 @@ func (s *Set) Match(a *alert.Alert) []*Rule {
 	}
 	named, open := s.index.named[a.Rule], s.index.open[a.Priority]
 	var matched []*Rule
-	act := activation{alert: a}
 	for len(named) > 0 || len(open) > 0 {
 		var r *Rule
 		if len(open) == 0 || len(named) > 0 && named[0].position < open[0].position {
@@ -153,14 +152,14 @@ func (s *Set) Match(a *alert.Alert) []*Rule {
 		} else {
 			r, open = open[0], open[1:]
 		}
-		if r.matches(a, &act) {
+		if r.matches(a) {
 			matched = append(matched, r)
 		}
 	}
 	return matched
 }
 
-func (r *Rule) matches(a *alert.Alert, act *activation) bool {
+func (r *Rule) matches(a *alert.Alert) bool {
 	if key, _ := r.match.fails(a, anyEntry); key != "" {
 		return false
 	}
@@ -170,7 +169,7 @@ func (r *Rule) matches(a *alert.Alert, act *activation) bool {
 		}
 	}
 	if r.where != nil {
-		ok, err := r.where.holds(act)
+		ok, err := r.where.holds(a)
 		return ok && err == nil
 	}
 	return true
@@ -212,7 +211,7 @@ func (r *Rule) why(a *alert.Alert) (why string, near int) {
 		}
 	}
 	if r.where != nil {
-		switch ok, err := r.where.holds(&activation{alert: a}); {
+		switch ok, err := r.where.holds(a); {
 		case err != nil:
 			return fmt.Sprintf("where: %v", err), 5
 		case !ok:

@@ -291,6 +291,9 @@ func TestMatch(t *testing.T) {
 		{"match: {priority: debug}\n  where: '!(fields[\"none.such\"] == \"x\")'", false},
 		{"match: {priority: debug}\n  where: fields.images.exists(i, i.startsWith(\"bad/\")) && fields.deep.n[1] == 2.5", true},
 		{"match: {priority: debug}\n  where: rule == \"Terminal shell in container\" && priority == \"notice\" && source == \"syscall\" && hostname == \"node-1\" && output == \"A shell\" && \"shell\" in tags", true},
+		{"match: {priority: debug}\n  where: size(fields) > 5 && fields.exists(name, name == \"ratio\") && !fields.exists(name, name == \"empty\") && fields != {}", true},
+		{"match: {priority: debug}\n  where: 'fields == {\"a\": 1} || type(fields) == int || 1 in [2]'", false},
+		{"match: {priority: debug}\n  where: type(fields) == map && fields[\"user.uid\"] == int(\"0\")", true},
 		{"match: {priority: debug}\n  where: output.matches(\"^A .h\") && rule.lowerAscii().contains(\"shell\")", true},
 		{"match: {priority: debug}\n  where: '[1,2,3,4,5,6,7,8,9,10].all(a, [1,2,3,4,5,6,7,8,9,10].all(b, [1,2,3,4,5,6,7,8,9,10].all(c, [1,2,3,4,5,6,7,8,9,10].all(d, [1,2,3,4,5,6,7,8,9,10].all(e, [1,2,3,4,5,6,7,8,9,10].all(f, a+b+c+d+e+f > 0))))))'", false}, // too dear
 	} {

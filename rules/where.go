@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"strconv"
 	"strings"
@@ -11,6 +12,8 @@ import (
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/common/types/traits"
 	"cel.dev/cel-go/ext"
 
 	"stoop/alert"
@@ -140,8 +143,8 @@ func explain(message, rest string) string {
 var errNotBool = errors.New("is neither true nor false")
 
 // holds asks the expression of an alert. An error means no.
-func (e *expression) holds(act *activation) (bool, error) {
-	out, _, err := e.program.Eval(act)
+func (e *expression) holds(a *alert.Alert) (bool, error) {
+	out, _, err := e.program.Eval(&activation{a})
 	if err != nil {
 		return false, err
 	}
@@ -152,12 +155,8 @@ func (e *expression) holds(act *activation) (bool, error) {
 	return bool(b), nil
 }
 
-// activation shows an alert to the expressions. The fields are made ready once
-// for all of them.
-type activation struct {
-	alert  *alert.Alert
-	fields map[string]any
-}
+// activation shows an alert to the expressions.
+type activation struct{ alert *alert.Alert }
 
 // ResolveName is one of [variables].
 func (act *activation) ResolveName(name string) (any, bool) {
@@ -176,10 +175,7 @@ func (act *activation) ResolveName(name string) (any, bool) {
 	case "output":
 		return types.String(a.Output), true
 	case "fields":
-		if act.fields == nil {
-			act.fields = celFields(a.Fields())
-		}
-		return types.NewStringInterfaceMap(types.DefaultTypeAdapter, act.fields), true
+		return &fieldMap{raw: a.Fields()}, true
 	}
 	return nil, false
 }
@@ -187,19 +183,86 @@ func (act *activation) ResolveName(name string) (any, bool) {
 // Parent is none.
 func (act *activation) Parent() cel.Activation { return nil }
 
-// celFields leaves out what counts as absent, and turns numbers into int where
-// they are whole and fit, else into double.
-func celFields(fields map[string]any) map[string]any {
-	out := make(map[string]any, len(fields))
-	for name, v := range fields {
-		if v == nil || v == "" || v == "<NA>" {
-			continue
-		}
-		out[name] = celValue(v)
-	}
-	return out
+// fieldMap is the alert's fields for CEL. Mostly one or two of twenty are looked
+// up, so each is made ready when it is; the rare expression that wants them all
+// gets a copy.
+type fieldMap struct {
+	raw  map[string]any
+	copy traits.Mapper
 }
 
+var _ traits.Mapper = (*fieldMap)(nil)
+
+// Find is a field. What counts as absent is not there.
+func (m *fieldMap) Find(key ref.Val) (ref.Val, bool) {
+	name, ok := key.(types.String)
+	if !ok {
+		return types.MaybeNoSuchOverloadErr(key), false
+	}
+	v := m.raw[string(name)]
+	if v == nil || v == "" || v == "<NA>" {
+		return nil, false
+	}
+	return types.DefaultTypeAdapter.NativeToValue(celValue(v)), true
+}
+
+// Get is Find with an error for what is not there.
+func (m *fieldMap) Get(key ref.Val) ref.Val {
+	v, ok := m.Find(key)
+	switch {
+	case ok:
+		return v
+	case v != nil:
+		return v
+	}
+	return types.ValOrErr(key, "no such key: %v", key)
+}
+
+// Contains is "name" in fields.
+func (m *fieldMap) Contains(key ref.Val) ref.Val {
+	v, ok := m.Find(key)
+	if v != nil && types.IsError(v) {
+		return v
+	}
+	return types.Bool(ok)
+}
+
+func (m *fieldMap) all() traits.Mapper {
+	if m.copy == nil {
+		out := make(map[string]any, len(m.raw))
+		for name, v := range m.raw {
+			if v != nil && v != "" && v != "<NA>" {
+				out[name] = celValue(v)
+			}
+		}
+		m.copy = types.NewStringInterfaceMap(types.DefaultTypeAdapter, out)
+	}
+	return m.copy
+}
+
+// Size is the number of fields that are there.
+func (m *fieldMap) Size() ref.Val { return m.all().Size() }
+
+// Iterator goes over the names of the fields that are there.
+func (m *fieldMap) Iterator() traits.Iterator { return m.all().Iterator() }
+
+// Equal compares all the fields that are there.
+func (m *fieldMap) Equal(other ref.Val) ref.Val { return m.all().Equal(other) }
+
+// ConvertToNative turns all the fields that are there into a Go value.
+func (m *fieldMap) ConvertToNative(t reflect.Type) (any, error) { return m.all().ConvertToNative(t) }
+
+// ConvertToType is for CEL's type().
+func (m *fieldMap) ConvertToType(t ref.Type) ref.Val { return m.all().ConvertToType(t) }
+
+// Type is CEL's map.
+func (m *fieldMap) Type() ref.Type { return types.MapType }
+
+// Value is all the fields that are there.
+func (m *fieldMap) Value() any { return m.all().Value() }
+
+// celValue turns numbers into int where they are whole and fit, else into
+// double.
 func celValue(v any) any {
 	switch v := v.(type) {
 	case json.Number:
