@@ -269,6 +269,7 @@ type peek struct {
 	seen    int   // bytes at the head of the FIFO that were read and not consumed
 	era     int   // counts how often somebody else read from the FIFO
 	blocked bool  // there is more in the FIFO than the scratch pipe can show
+	full    bool  // the writer can't go on until something is consumed
 	failed  error // of the second goroutine
 }
 
@@ -413,9 +414,6 @@ func (p *peek) look() (fresh int, limited bool, era int, err error) {
 func (p *peek) spill(limited bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.held != p.seen {
-		return nil // room comes when the lines before it are consumed
-	}
 	return p.control(func(fd int) error {
 		if !limited {
 			// Full is what takes no more: a pipe counts pages, not bytes.
@@ -426,6 +424,12 @@ func (p *peek) spill(limited bool) error {
 			if fds[0].Revents&unix.POLLOUT != 0 {
 				return nil
 			}
+		}
+		if p.held != p.seen {
+			// Room comes when the lines before it are consumed; but perhaps not
+			// enough, if they share a page with it.
+			p.full = true
+			return nil
 		}
 		if err := p.discard(fd, p.held); err != nil {
 			return err
@@ -467,8 +471,8 @@ func (p *peek) consume(ctx context.Context) {
 			}
 			p.seen -= m.bytes
 		}
-		if p.blocked || p.failed != nil {
-			p.blocked = false
+		if p.blocked || p.full || p.failed != nil {
+			p.blocked, p.full = false, false
 			p.kick()
 		}
 		p.mu.Unlock()
