@@ -29,7 +29,7 @@ with one id.
 The folder has to exist, and the path is fixed in the rule: nothing of an alert gets
 into it. The file is made with mode 0600, and only a regular file is written to, never
 what a symbolic link points at. A file that would outgrow maxSize becomes
-<path>.1, that one .2, and so on up to keep; the oldest goes. In a pod the folder has
+PATH.1, that one PATH.2, and so on up to keep; the oldest goes. In a pod the folder has
 to be mounted from the host, or the file goes with the pod.`,
 		Params:   param.Describe(fileDefaults()),
 		Kind:     Evidence,
@@ -55,7 +55,7 @@ func fileDefaults() fileParams { return fileParams{MaxSize: 64 << 20, Keep: 3} }
 // Validate refuses a path that could mean two places.
 func (p fileParams) Validate() error {
 	if !filepath.IsAbs(p.Path) || filepath.Clean(p.Path) != p.Path || p.Path == "/" {
-		return fmt.Errorf("path: %s is no absolute path to a file, written without . and ..", param.Cut(p.Path))
+		return fmt.Errorf("path: %s is no absolute path to a file in its shortest form", param.Cut(p.Path))
 	}
 	return nil
 }

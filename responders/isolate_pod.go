@@ -38,8 +38,8 @@ func isolatePod() Entry {
 	return Entry{
 		Name: "isolate-pod",
 		Doc:  "Cuts the pod that raised the alert, and no other, off the network.",
-		Notes: `First a NetworkPolicy of stoop's own is made, named stoop-isolate-<the pod's UID>,
-owned by the pod so that it goes with it; then the pod gets the label
+		Notes: `First a NetworkPolicy of stoop's own is made, named stoop-isolate- and the pod's
+UID, owned by the pod so that it goes with it; then the pod gets the label
 stoop.dev/isolated, which the policy selects. Both carry the pod's UID, so neither
 its siblings nor its replacement are touched, and a policy that stoop did not make
 never is. The pod runs on and can be looked into.

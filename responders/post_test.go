@@ -102,7 +102,7 @@ func TestSlackMessage(t *testing.T) {
 	if err := json.Unmarshal(to.body, &got); err != nil {
 		t.Fatal(err)
 	}
-	want := `Critical: Terminal shell &lt;!here&gt;
+	want := `critical alert: Terminal shell &lt;!here&gt;
 on pod shop/web-0, container 3ad7b26ded6d
 delete-pod: suppressed (cooldown &lt;!channel&gt;)
 isolate-pod: done (isolated by policy)

@@ -103,8 +103,7 @@ func (s *slackPoster) text(r *Request) string {
 	if rule == "" {
 		rule = "an alert without a rule's name"
 	}
-	priority := r.Alert.Priority.String()
-	fmt.Fprintf(&b, "%s: %s\n", strings.ToUpper(priority[:1])+priority[1:], oneLine(rule, 200))
+	fmt.Fprintf(&b, "%s alert: %s\n", r.Alert.Priority, oneLine(rule, 200))
 	fmt.Fprintf(&b, "on %s\n", oneLine(where(r.Target, s.node), 600))
 	const most = 20
 	for i, f := range r.Step.Found {

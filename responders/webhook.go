@@ -55,7 +55,7 @@ way can read the alert and the headers.
 
 type webhookParams struct {
 	URL        param.URL       `param:"url" required:"true" doc:"The address, http or https."`
-	Headers    []webhookHeader `param:"headers" doc:"Further headers; their values are secrets."`
+	Headers    []webhookHeader `param:"headers" doc:"Further headers, each as {name: NAME, value: {env: NAME}} or with {file: PATH}; their values are secrets."`
 	SigningKey param.Secret    `param:"signingKey" doc:"Where the key is read that signs the body."`
 }
 

@@ -1,0 +1,440 @@
+package conformance
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/uuid"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+)
+
+// Server is a [World] that needs nothing but Go: a small API server on
+// loopback, to which client-go talks as to a real one.
+//
+// client-go's fake clientset would not do. It takes a delete with the wrong
+// UID, ignores grace periods and contexts, and never answers over a wire. What
+// this one does was copied from what kube-apiserver 1.36.3 was seen to answer:
+// 409 for a UID or resource version that is not the object's, 422 for a patch of
+// another UID and for a failed JSON patch test, graceful deletion (a pod on a
+// node without a kubelet stays Terminating), RBAC's 403, watches that begin
+// with the initial events.
+//
+// It lies too: it validates nothing, has no admission, no defaults and no
+// garbage collector, and takes any body as JSON. So the same suite runs against
+// a real API server in e2e.
+type Server struct {
+	http *httptest.Server
+
+	mu        sync.Mutex
+	version   int64
+	objects   map[string]map[string]object // by resource, then namespace/name
+	events    []event
+	changed   chan struct{}
+	forbidden map[string]bool // "verb resource", for stoop
+	finished  chan struct{}
+}
+
+type object = map[string]any
+
+type event struct {
+	resource string
+	kind     string
+	version  int64
+	object   object
+}
+
+const (
+	stoopToken = "stoop"
+	adminToken = "admin"
+	stoopUser  = "system:serviceaccount:stoop:stoop"
+)
+
+// NewServer is one that ends with the test.
+func NewServer(t testing.TB) *Server {
+	s := &Server{
+		objects: map[string]map[string]object{}, changed: make(chan struct{}),
+		forbidden: map[string]bool{}, finished: make(chan struct{}),
+	}
+	s.http = httptest.NewServer(s)
+	t.Cleanup(func() {
+		close(s.finished)
+		s.http.Close()
+	})
+	return s
+}
+
+func (s *Server) config(token string) *rest.Config {
+	c := &rest.Config{Host: s.http.URL, BearerToken: token, QPS: -1}
+	c.ContentType = "application/json" // it knows no protobuf
+	return c
+}
+
+// Config is how stoop reaches the server.
+func (s *Server) Config() *rest.Config { return s.config(stoopToken) }
+
+// Admin may do everything.
+func (s *Server) Admin() kubernetes.Interface {
+	return kubernetes.NewForConfigOrDie(s.config(adminToken))
+}
+
+// Forbid takes a permission from stoop.
+func (s *Server) Forbid(_ testing.TB, verb, _, resource string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forbidden[verb+" "+resource] = true
+}
+
+// call is one request, read.
+type call struct {
+	group, resource, namespace, name, subresource, verb string
+}
+
+func read(r *http.Request) (call, bool) {
+	var c call
+	p := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
+	switch {
+	case len(p) > 2 && p[0] == "api" && p[1] == "v1":
+		p = p[2:]
+	case len(p) > 3 && p[0] == "apis":
+		c.group, p = p[1], p[3:]
+	default:
+		return c, false
+	}
+	if len(p) > 2 && p[0] == "namespaces" {
+		c.namespace, p = p[1], p[2:]
+	}
+	c.resource = p[0]
+	if len(p) > 1 {
+		c.name = p[1]
+	}
+	if len(p) > 2 {
+		c.subresource = p[2]
+	}
+	switch r.Method {
+	case http.MethodGet:
+		c.verb = "get"
+		if c.name == "" {
+			c.verb = "list"
+			if w := r.URL.Query().Get("watch"); w == "true" || w == "1" {
+				c.verb = "watch"
+			}
+		}
+	case http.MethodPost:
+		c.verb = "create"
+	case http.MethodPut:
+		c.verb = "update"
+	case http.MethodPatch:
+		c.verb = "patch"
+	case http.MethodDelete:
+		c.verb = "delete"
+	}
+	return c, c.verb != ""
+}
+
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c, ok := read(r)
+	if !ok {
+		reply(w, http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, "there is no such path"))
+		return
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return
+	}
+	token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+	s.mu.Lock()
+	forbidden := token == stoopToken && s.forbidden[c.verb+" "+c.resource]
+	s.mu.Unlock()
+	switch {
+	case token != stoopToken && token != adminToken:
+		reply(w, http.StatusUnauthorized, status(http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "Unauthorized"))
+	case forbidden:
+		st := status(http.StatusForbidden, metav1.StatusReasonForbidden, fmt.Sprintf("%s %q is forbidden: User %q cannot %s resource %q in API group %q in the namespace %q",
+			c.resource, c.name, stoopUser, c.verb, c.resource, c.group, c.namespace))
+		reply(w, http.StatusForbidden, st)
+	case c.verb == "watch":
+		s.watch(w, r, c)
+	default:
+		s.mu.Lock()
+		code, answer := s.do(c, r, body)
+		s.mu.Unlock()
+		reply(w, code, answer)
+	}
+}
+
+func reply(w http.ResponseWriter, code int, answer any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(answer)
+}
+
+func status(code int, reason metav1.StatusReason, message string) metav1.Status {
+	return metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
+		Status:   metav1.StatusFailure, Code: int32(code), Reason: reason, Message: message,
+	}
+}
+
+func meta(o object) object {
+	m, _ := o["metadata"].(object)
+	return m
+}
+
+func text(m object, key string) string {
+	v, _ := m[key].(string)
+	return v
+}
+
+func clone(o object) object {
+	b, err := json.Marshal(o)
+	if err != nil {
+		panic(err)
+	}
+	var c object
+	if err := json.Unmarshal(b, &c); err != nil {
+		panic(err)
+	}
+	return c
+}
+
+// do answers a request. The caller holds the lock.
+func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
+	all := s.objects[c.resource]
+	if all == nil {
+		all = map[string]object{}
+		s.objects[c.resource] = all
+	}
+	conflict := func(message string) (int, any) {
+		return http.StatusConflict, status(http.StatusConflict, metav1.StatusReasonConflict,
+			fmt.Sprintf("Operation cannot be fulfilled on %s %q: %s", c.resource, c.name, message))
+	}
+	key := c.namespace + "/" + c.name
+	if c.verb == "list" {
+		var items []object
+		for _, k := range slices.Sorted(maps.Keys(all)) {
+			if matches(all[k], c, r) {
+				items = append(items, all[k])
+			}
+		}
+		kind := map[string]string{"pods": "PodList", "networkpolicies": "NetworkPolicyList"}[c.resource]
+		return http.StatusOK, object{
+			"kind": kind, "apiVersion": apiVersion(c.group), "items": items,
+			"metadata": object{"resourceVersion": strconv.FormatInt(s.version, 10)},
+		}
+	}
+	if c.verb == "create" {
+		var o object
+		if err := json.Unmarshal(body, &o); err != nil || meta(o) == nil {
+			return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body is no object")
+		}
+		m := meta(o)
+		c.name = text(m, "name")
+		key = c.namespace + "/" + c.name
+		if all[key] != nil {
+			return http.StatusConflict, status(http.StatusConflict, metav1.StatusReasonAlreadyExists,
+				fmt.Sprintf("%s %q already exists", c.resource, c.name))
+		}
+		m["namespace"], m["uid"] = c.namespace, string(uuid.NewUUID())
+		m["creationTimestamp"] = time.Now().UTC().Format(time.RFC3339)
+		s.store(c, key, o, "ADDED")
+		return http.StatusCreated, o
+	}
+	have := all[key]
+	if have == nil {
+		return http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("%s %q not found", c.resource, c.name))
+	}
+	uid, version := text(meta(have), "uid"), text(meta(have), "resourceVersion")
+	switch c.verb {
+	case "get":
+		return http.StatusOK, have
+	case "delete":
+		var o metav1.DeleteOptions
+		if len(body) > 0 {
+			if err := json.Unmarshal(body, &o); err != nil {
+				return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+			}
+		}
+		if p := o.Preconditions; p != nil && p.UID != nil && string(*p.UID) != uid {
+			return conflict(fmt.Sprintf("the UID in the precondition (%s) does not match the UID in record (%s). The object might have been deleted and then recreated", *p.UID, uid))
+		}
+		if c.resource == "pods" {
+			grace := int64(30)
+			if o.GracePeriodSeconds != nil {
+				grace = *o.GracePeriodSeconds
+			}
+			if grace > 0 {
+				if left, ok := meta(have)["deletionGracePeriodSeconds"].(float64); ok && int64(left) <= grace {
+					return http.StatusOK, have
+				}
+				now := clone(have)
+				meta(now)["deletionTimestamp"] = time.Now().Add(time.Duration(grace) * time.Second).UTC().Format(time.RFC3339)
+				meta(now)["deletionGracePeriodSeconds"] = float64(grace)
+				s.store(c, key, now, "MODIFIED")
+				return http.StatusOK, now
+			}
+		}
+		delete(all, key)
+		s.tell(c, clone(have), "DELETED")
+		return http.StatusOK, object{"kind": "Status", "apiVersion": "v1", "status": "Success"}
+	}
+
+	// update and patch
+	now := clone(have)
+	switch t := r.Header.Get("Content-Type"); {
+	case c.verb == "update":
+		now = nil
+		if err := json.Unmarshal(body, &now); err != nil || meta(now) == nil {
+			return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body is no object")
+		}
+		if text(meta(now), "uid") == "" {
+			meta(now)["uid"] = uid
+		}
+		if c.subresource == "status" {
+			whole := clone(have)
+			whole["status"] = now["status"]
+			now = whole
+		}
+	case strings.HasPrefix(t, "application/merge-patch+json"), strings.HasPrefix(t, "application/json-patch+json"):
+		old, err := json.Marshal(have)
+		if err != nil {
+			panic(err)
+		}
+		var patched []byte
+		if strings.HasPrefix(t, "application/merge") {
+			patched, err = jsonpatch.MergePatch(old, body)
+		} else {
+			var p jsonpatch.Patch
+			if p, err = jsonpatch.DecodePatch(body); err == nil {
+				patched, err = p.Apply(old)
+			}
+		}
+		now = nil
+		if err == nil {
+			err = json.Unmarshal(patched, &now)
+		}
+		if err != nil {
+			return http.StatusUnprocessableEntity, status(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "the server rejected our request due to an error in our request")
+		}
+	default:
+		return http.StatusUnsupportedMediaType, status(http.StatusUnsupportedMediaType, metav1.StatusReasonUnsupportedMediaType, "no patch of the kind "+t)
+	}
+	if v := text(meta(now), "resourceVersion"); v != "" && v != version {
+		return conflict("the object has been modified; please apply your changes to the latest version and try again")
+	}
+	if text(meta(now), "uid") != uid {
+		st := status(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid,
+			fmt.Sprintf("%s %q is invalid: metadata.uid: Invalid value: %q: field is immutable", c.resource, c.name, text(meta(now), "uid")))
+		st.Details = &metav1.StatusDetails{Name: c.name, Causes: []metav1.StatusCause{{Type: metav1.CauseTypeFieldValueInvalid, Field: "metadata.uid"}}}
+		return http.StatusUnprocessableEntity, st
+	}
+	s.store(c, key, now, "MODIFIED")
+	return http.StatusOK, now
+}
+
+func apiVersion(group string) string {
+	if group == "" {
+		return "v1"
+	}
+	return group + "/v1"
+}
+
+func (s *Server) store(c call, key string, o object, kind string) {
+	if text(o, "kind") == "" {
+		o["kind"] = map[string]string{"pods": "Pod", "networkpolicies": "NetworkPolicy"}[c.resource]
+		o["apiVersion"] = apiVersion(c.group)
+	}
+	s.tell(c, o, kind)
+	s.objects[c.resource][key] = o
+}
+
+func (s *Server) tell(c call, o object, kind string) {
+	s.version++
+	meta(o)["resourceVersion"] = strconv.FormatInt(s.version, 10)
+	s.events = append(s.events, event{c.resource, kind, s.version, clone(o)})
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func matches(o object, c call, r *http.Request) bool {
+	if c.namespace != "" && text(meta(o), "namespace") != c.namespace {
+		return false
+	}
+	if node, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "spec.nodeName="); ok {
+		spec, _ := o["spec"].(object)
+		return text(spec, "nodeName") == node
+	}
+	return true
+}
+
+func (s *Server) watch(w http.ResponseWriter, r *http.Request, c call) {
+	q := r.URL.Query()
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusOK)
+	out := json.NewEncoder(w)
+	send := func(kind string, o object) bool {
+		err := out.Encode(object{"type": kind, "object": o})
+		w.(http.Flusher).Flush()
+		return err == nil
+	}
+	from, _ := strconv.ParseInt(q.Get("resourceVersion"), 10, 64)
+	if q.Get("sendInitialEvents") == "true" {
+		s.mu.Lock()
+		from = s.version
+		var first []object
+		for _, o := range s.objects[c.resource] {
+			if matches(o, c, r) {
+				first = append(first, clone(o))
+			}
+		}
+		s.mu.Unlock()
+		for _, o := range first {
+			if !send("ADDED", o) {
+				return
+			}
+		}
+		kind := map[string]string{"pods": "Pod", "networkpolicies": "NetworkPolicy"}[c.resource]
+		if !send("BOOKMARK", object{"kind": kind, "apiVersion": apiVersion(c.group), "metadata": object{
+			"resourceVersion": strconv.FormatInt(from, 10),
+			"annotations":     object{metav1.InitialEventsAnnotationKey: "true"},
+		}}) {
+			return
+		}
+	}
+	for {
+		s.mu.Lock()
+		changed := s.changed
+		var news []event
+		for _, e := range s.events {
+			if e.version > from && e.resource == c.resource && matches(e.object, c, r) {
+				news = append(news, e)
+			}
+		}
+		from = s.version
+		s.mu.Unlock()
+		for _, e := range news {
+			if !send(e.kind, e.object) {
+				return
+			}
+		}
+		select {
+		case <-changed:
+		case <-r.Context().Done():
+			return
+		case <-s.finished:
+			return
+		}
+	}
+}

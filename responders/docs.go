@@ -1,0 +1,134 @@
+package responders
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strings"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+
+	"stoop/param"
+)
+
+//go:generate go test . -run TestDocs -update
+
+// WriteDocs writes what a user looks up about the responders, in Markdown: all
+// of it out of the registry, so that it says what the program does.
+func WriteDocs(w io.Writer, entries []Entry) error {
+	var b strings.Builder
+	b.WriteString(`# Responders
+
+<!-- Made from the registry by "go generate ./responders"; change it there. -->
+
+What a rule's actions can be. Each action names one, with its parameters:
+
+` + "```yaml" + `
+actions:
+  - isolate-pod: {direction: egress, ttl: 1h}
+  - slack: {channel: "#security"}
+` + "```" + `
+
+They are done in order. A step that fails does not stop the ones after it, unless it
+says onFailure: stop. "Harms" means that every guard is asked before it acts (mode,
+pause, protected namespaces, cooldown, limits); evidence and notifications are never
+held back by these, but in audit mode they are only told of as well.
+
+| responder | what it does | | undo |
+| --- | --- | --- | --- |
+`)
+	for _, e := range entries {
+		fmt.Fprintf(&b, "| [%s](#%[1]s) | %s | %s | %s |\n", e.Name, cell(e.Doc), e.Kind, yesNo(e.undoable()))
+	}
+	b.WriteString(`
+In a cluster stoop needs this before any responder does, to know the pods of its own
+node (the request says of which node; RBAC can't):
+
+`)
+	writeRBAC(&b, BaseRBAC())
+	for _, e := range entries {
+		fmt.Fprintf(&b, "\n## %s\n\n%s\n\n", e.Name, e.Doc)
+		if e.Params == nil || len(e.Params.Fields) == 0 {
+			b.WriteString("It has no parameters.\n")
+		} else {
+			b.WriteString("| parameter | type | default | |\n| --- | --- | --- | --- |\n")
+			writeParams(&b, "", e.Params.Fields)
+		}
+		fmt.Fprintf(&b, "\n%s\n\n", strings.TrimSpace(e.Notes))
+		fmt.Fprintf(&b, "One try may take %s.", param.Duration(e.Deadline))
+		if e.Instead != "" {
+			fmt.Fprintf(&b, " When the owner's limit holds it back, [%s](#%[1]s) is done instead.", e.Instead)
+		}
+		b.WriteString("\n")
+		if len(e.RBAC) > 0 {
+			b.WriteString("\nPermissions:\n\n")
+			writeRBAC(&b, e.RBAC)
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func writeParams(b *strings.Builder, under string, fields []param.Field) {
+	for _, f := range fields {
+		def := f.Default
+		switch {
+		case f.Required:
+			def = "required"
+		case def != "":
+			def = "`" + def + "`"
+		}
+		doc := f.Doc
+		if len(f.OneOf) > 0 {
+			doc += " One of `" + strings.Join(f.OneOf, "`, `") + "`."
+		}
+		switch {
+		case f.Min != "" && f.Max != "":
+			doc += fmt.Sprintf(" From %s to %s.", f.Min, f.Max)
+		case f.Min != "":
+			doc += fmt.Sprintf(" At least %s.", f.Min)
+		case f.Max != "":
+			doc += fmt.Sprintf(" At most %s.", f.Max)
+		}
+		fmt.Fprintf(b, "| `%s%s` | %s | %s | %s |\n", under, f.Name, f.Type, cell(def), cell(doc))
+		writeParams(b, under+f.Name+".", f.Fields)
+	}
+}
+
+func writeRBAC(b *strings.Builder, rules []rbacv1.PolicyRule) {
+	b.WriteString("| API group | resources | verbs |\n| --- | --- | --- |\n")
+	for _, r := range rules {
+		fmt.Fprintf(b, "| %s | %s | %s |\n", cmp.Or(strings.Join(r.APIGroups, ", "), "core"), strings.Join(r.Resources, ", "), strings.Join(r.Verbs, ", "))
+	}
+}
+
+// undoable reports whether steps of a responder can be taken back.
+func (e *Entry) undoable() bool {
+	_, ok := e.New(Env{}).(Undoer)
+	return ok
+}
+
+// String is the kind in words of the documentation.
+func (k Kind) String() string {
+	switch k {
+	case Harm:
+		return "harms"
+	case Evidence:
+		return "keeps evidence"
+	case Notification:
+		return "tells"
+	}
+	return "unknown"
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+// cell is text for a table.
+func cell(s string) string {
+	return strings.ReplaceAll(strings.Join(strings.Fields(s), " "), "|", `\|`)
+}
