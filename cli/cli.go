@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -165,14 +166,16 @@ func isTerminal(w any) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// width is how wide the terminal is that w goes to; 0: it is none.
+// width is how wide the terminal is that w goes to, or what COLUMNS says; 0:
+// neither.
 func width(w any) int {
-	f, ok := w.(*os.File)
-	if !ok {
-		return 0
+	if f, ok := w.(*os.File); ok {
+		if n, _, err := term.GetSize(int(f.Fd())); err == nil {
+			return n
+		}
 	}
-	n, _, err := term.GetSize(int(f.Fd()))
-	if err != nil {
+	n, err := strconv.Atoi(os.Getenv("COLUMNS"))
+	if err != nil || n < 20 {
 		return 0
 	}
 	return n

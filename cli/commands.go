@@ -17,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/spf13/cobra"
 
+	"stoop/alert"
 	"stoop/broker"
 	"stoop/pipe"
 	"stoop/responders"
@@ -159,7 +160,9 @@ func (p *program) tail(ctx context.Context, c *broker.Client, what string, asJSO
 	defer cancel(nil)
 	c.SetClosedHandler(func(*nats.Conn) { cancel(errors.New("the running stoop has stopped")) })
 	msgs := make(chan *nats.Msg, 4096)
-	for _, s := range []struct{ subject, kind string }{{router.SubjectTail, "alerts"}, {"stoop.outcomes.>", "outcomes"}} {
+	for _, s := range []struct{ subject, kind string }{
+		{router.SubjectTail, "alerts"}, {alert.UnparsedSubject, "alerts"}, {"stoop.outcomes.>", "outcomes"},
+	} {
 		if what != "" && what != s.kind {
 			continue
 		}
@@ -185,6 +188,10 @@ func (p *program) tail(ctx context.Context, c *broker.Client, what string, asJSO
 			}
 		case m := <-msgs:
 			switch {
+			case m.Subject == alert.UnparsedSubject:
+				if !asJSON {
+					p.showUnparsed(m.Data)
+				}
 			case asJSON:
 				fmt.Fprintf(p.stdout, "%s\n", bytes.TrimSpace(m.Data))
 			case m.Subject == router.SubjectTail:
@@ -201,15 +208,11 @@ func (p *program) showVerdict(data []byte) {
 	if json.Unmarshal(data, &v) != nil {
 		return
 	}
-	at := v.Time
-	if at.IsZero() {
-		at = time.Now()
-	}
 	rule := v.Rule
 	if rule == "" {
 		rule = v.Output
 	}
-	line := fmt.Sprintf("%s  alert    %-9s %s", at.Local().Format("15:04:05.000"), cut(v.Priority, 9), clean(rule))
+	line := fmt.Sprintf("%s  alert    %-9s %s", v.Time.Local().Format("15:04:05.000"), cut(v.Priority, 9), clean(rule))
 	if v.Pod != "" && v.Pod != "/" {
 		line += "  " + clean(v.Pod)
 	}
@@ -220,6 +223,11 @@ func (p *program) showVerdict(data []byte) {
 	if len(v.Matched) == 0 {
 		fmt.Fprintln(p.stdout, fit("              nothing  "+clean(v.Why), width(p.stdout)))
 	}
+}
+
+func (p *program) showUnparsed(line []byte) {
+	s := fmt.Sprintf("%s  no alert %s", time.Now().Format("15:04:05.000"), clean(string(line[:min(len(line), 200)])))
+	fmt.Fprintln(p.stdout, fit(s, width(p.stdout)))
 }
 
 func fit(s string, n int) string {

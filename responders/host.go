@@ -433,7 +433,7 @@ func (h *Host) record(o broker.Outcome) {
 		level = slog.LevelDebug
 	}
 	h.Log.Log(context.Background(), level, "step", "status", o.Status, "responder", o.Responder, "rule", o.Rule,
-		"namespace", o.Target.Namespace, "pod", o.Target.Pod, "reason", o.Reason, "step", o.ID, "took", time.Duration(o.Took.Done)*time.Microsecond)
+		"namespace", o.Target.Namespace, "pod", o.Target.Pod, "reason", o.Reason, "step", o.ID, "took", (time.Duration(o.Took.Done) * time.Microsecond).String())
 }
 
 func (h *Host) retry(d *broker.Delivery, after time.Duration) {

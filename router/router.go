@@ -24,8 +24,8 @@ const SubjectTail = "stoop.tail"
 // Verdict is what the router made of an alert: for stoop tail.
 type Verdict struct {
 	Alert    string    `json:"alert"` // its id
-	Time     time.Time `json:"time"`
-	Rule     string    `json:"rule"` // Falco's
+	Time     time.Time `json:"time"`  // of its arrival
+	Rule     string    `json:"rule"`  // Falco's
 	Priority string    `json:"priority"`
 	Source   string    `json:"source,omitempty"`
 	Output   string    `json:"output,omitempty"`
@@ -114,7 +114,7 @@ func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
 	set := r.rules.Load()
 	found := set.Match(a)
 	if time.Now().UnixNano() < r.watched.Load() {
-		r.tell(b, a, set, found)
+		r.tell(b, a, s.Received, set, found)
 	}
 	if len(found) == 0 {
 		r.none.Inc()
@@ -139,10 +139,10 @@ func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
 	return steps
 }
 
-func (r *Router) tell(b *broker.Broker, a *alert.Alert, set *rules.Set, found []*rules.Rule) {
+func (r *Router) tell(b *broker.Broker, a *alert.Alert, received time.Time, set *rules.Set, found []*rules.Rule) {
 	t := a.Target()
 	v := Verdict{
-		Alert: a.ID, Time: a.Time, Rule: a.Rule, Priority: a.Priority.String(), Source: a.Source,
+		Alert: a.ID, Time: received, Rule: a.Rule, Priority: a.Priority.String(), Source: a.Source,
 		Output: a.Output, Hostname: a.Hostname,
 	}
 	if t.Pod != "" {

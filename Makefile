@@ -1,0 +1,44 @@
+# stoop: make demo shows it, make test tests it. Both need only Go.
+
+export CGO_ENABLED ?= 0
+GO      ?= go
+LDFLAGS := -s -w
+CORPUS  := $(wildcard ../shared/alerts)
+export STOOP_CORPUS ?= $(if $(CORPUS),$(abspath $(CORPUS)))
+
+.PHONY: build demo test race lint fuzz e2e bench docs clean
+
+build: ## the program, ./stoop
+	$(GO) build -ldflags '$(LDFLAGS)' -o stoop .
+
+demo: build ## alerts through a FIFO, the broker, the rules and the responders, on this machine
+	./examples/demo.sh
+
+test: ## unit tests, golden files, the real program on scripts; needs only Go
+	$(GO) test ./...
+
+race: ## the same, looking for data races; needs a C compiler
+	CGO_ENABLED=1 $(GO) test -race ./...
+
+lint: ## formatting, vet, staticcheck
+	@bad=$$($(GO) tool gofumpt -l .); if [ -n "$$bad" ]; then echo "not formatted (go tool gofumpt -w .):"; echo "$$bad"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) vet -tags failpoints ./...
+	cd e2e && $(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+fuzz: ## 20 s of each fuzz target
+	$(GO) test -run '^$$' -fuzz '^FuzzParse$$' -fuzztime 20s ./alert
+
+e2e: ## against a real kube-apiserver, built from its modules the first time (minutes)
+	cd e2e && $(GO) test -timeout 25m -count=1 ./...
+
+bench: ## the figures of docs/performance.md, measured here
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./broker
+	cd e2e && $(GO) run ./cmd/bench -write ../docs/performance.md
+
+docs: ## write the generated documentation again
+	$(GO) test ./responders ./cli -run 'Docs' -update
+
+clean:
+	rm -rf stoop bin
