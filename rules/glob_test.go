@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 func TestPattern(t *testing.T) {
@@ -54,15 +55,12 @@ func FuzzPattern(f *testing.F) {
 	f.Fuzz(func(t *testing.T, pattern, s string) {
 		// Only what both sides read alike: a regular expression can't say
 		// "any byte that is no character".
-		if len(pattern) > 100 || len(s) > 200 || strings.ToValidUTF8(pattern+s, "") != pattern+s {
+		if len(pattern) > 100 || len(s) > 200 || !utf8.ValidString(pattern) || !utf8.ValidString(s) {
 			t.Skip()
 		}
 		q := regexp.QuoteMeta(pattern)
 		q = strings.ReplaceAll(strings.ReplaceAll(q, `\*`, `(?s:.*)`), `\?`, `(?s:.)`)
 		want := regexp.MustCompile(`^(?:` + q + `)$`).MatchString(s)
-		if strings.HasSuffix(s, "\n") {
-			want = regexp.MustCompile(`\A(?:` + q + `)\z`).MatchString(s)
-		}
 		p := newPattern(pattern)
 		if got := p.match(s); got != want {
 			t.Errorf("%q and %q: got %v", pattern, s, got)
