@@ -34,7 +34,10 @@ const (
 	answerWithin = time.Second
 	// maxConnections and maxRequests bound what requests take in memory.
 	maxConnections = 256
-	maxRequests    = 16
+	maxRequests    = 32
+	// bodyWithin is how long a body may take, so that silent clients do not
+	// keep others out for long.
+	bodyWithin = 2 * time.Second
 )
 
 // HTTPConfig says where alerts are taken by HTTP, and from whom.
@@ -180,6 +183,7 @@ func (h *httpHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.later(w, "too many requests at once")
 		return
 	}
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyWithin)) // else the server's own deadline holds
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if err != nil {
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
@@ -191,7 +195,9 @@ func (h *httpHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	alerts, err := parseBody(body)
 	if err != nil {
-		h.bad(origin, body, received, err)
+		if !errors.Is(err, errEmpty) {
+			h.bad(origin, body, received, err)
+		}
 		refuse(w, http.StatusBadRequest, err.Error())
 		return
 	}
@@ -271,6 +277,8 @@ func (h *HTTP) authenticate(r *http.Request) (broker.Origin, error) {
 	return broker.OriginHTTP, nil
 }
 
+const errEmpty = constError("no alert: the body is empty")
+
 // parseBody reads one JSON object or several, one after the other or in an
 // array.
 func parseBody(body []byte) ([]*alert.Alert, error) {
@@ -306,7 +314,7 @@ func parseBody(body []byte) ([]*alert.Alert, error) {
 		}
 	}
 	if len(alerts) == 0 {
-		return nil, fmt.Errorf("%w: the body is empty", alert.ErrNoAlert)
+		return nil, errEmpty
 	}
 	return alerts, nil
 }
