@@ -10,6 +10,7 @@
 package alert
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -124,7 +125,7 @@ const maxRuleToken = 200
 // its SHA-256, in hexadecimal digits. White space around the line does not
 // count.
 func IDOf(line []byte) string {
-	sum := sha256.Sum256(line)
+	sum := sha256.Sum256(bytes.TrimSpace(line))
 	return hex.EncodeToString(sum[:16])
 }
 

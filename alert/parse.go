@@ -304,7 +304,8 @@ const textKey = "text"
 
 // parseText reads "HH:MM:SS.nnnnnnnnn: Priority message", or the same with a
 // whole date in place of the time. A bare time is local and has no date: it is
-// the latest moment of that time of day that is not after now.
+// the latest moment of that time of day that is not after now, or only by as
+// much as clocks differ.
 func parseText(line []byte, now time.Time) (*Alert, error) {
 	if !utf8.Valid(line) {
 		line = bytes.ToValidUTF8(line, []byte("\uFFFD"))
@@ -352,7 +353,7 @@ func textTime(s string, now time.Time) (time.Time, error) {
 	}
 	y, m, d := now.Date()
 	t := time.Date(y, m, d, clock.Hour(), clock.Minute(), clock.Second(), clock.Nanosecond(), now.Location())
-	if t.After(now) {
+	if t.After(now.Add(time.Minute)) {
 		t = t.AddDate(0, 0, -1)
 	}
 	return t.UTC(), nil

@@ -35,6 +35,8 @@ var (
 	dnsName     = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 	uidForm     = regexp.MustCompile(`^[0-9a-fA-F][0-9a-fA-F-]{0,63}$`)
 	containerID = regexp.MustCompile(`^[0-9a-f]{12,64}$`)
+	// Some resources have names that are any part of a path: "system:node".
+	pathPart = regexp.MustCompile(`^[^/%?#[:cntrl:][:space:]]{1,253}$`)
 )
 
 // Target gathers what the alert's fields say of its target.
@@ -68,14 +70,16 @@ func (a *Alert) Target() Target {
 	t.PID = a.number("proc.pid")
 	t.PIDStart = a.number("proc.pid.ts")
 
-	if r, ok := a.Field("ka.target.resource"); ok {
-		t.Resource = &Resource{Resource: r}
-		t.Resource.Name, ok = a.Field("ka.target.name")
-		if !ok {
-			t.Resource.Name, _ = a.Field("ka.resp.name")
+	if resource := get("ka.target.resource", dnsName); resource != "" {
+		t.Resource = &Resource{
+			Resource:    resource,
+			Name:        get("ka.target.name", pathPart),
+			Namespace:   get("ka.target.namespace", dnsName),
+			Subresource: get("ka.target.subresource", dnsName),
 		}
-		t.Resource.Namespace, _ = a.Field("ka.target.namespace")
-		t.Resource.Subresource, _ = a.Field("ka.target.subresource")
+		if _, named := a.Field("ka.target.name"); !named {
+			t.Resource.Name = get("ka.resp.name", pathPart)
+		}
 	}
 	return t
 }

@@ -148,7 +148,7 @@ func TestFIFOTornLine(t *testing.T) {
 	fifo, w := pipes(t, 64<<10)
 	start(t, fifo, in)
 	torn := line("torn", "Notice")
-	must(t, 0, first(w.WriteString(line("a", "Notice") + torn[:100])))
+	must(t, 0, first(w.WriteString(line("a", "Notice")+torn[:100])))
 	w.Close()
 	store.has(t, 1)
 	w = writer(t, fifo.path)
