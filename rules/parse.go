@@ -201,8 +201,12 @@ func (p *parser) finish(set *Set) {
 				lines[r.Name] = n.Line
 			}
 		}
-		if r.Mode == "" {
+		switch {
+		case r.Mode == "":
 			r.Mode = set.Mode
+		case r.Mode == broker.Enforce && set.Mode == broker.Audit:
+			p.warn(r.modeNode, "this rule stays in audit mode, because the file is: the stricter of the two counts")
+			r.Mode = broker.Audit
 		}
 		r.nameNode, r.modeNode = nil, nil
 	}
