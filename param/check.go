@@ -174,11 +174,7 @@ func (c *checker) value(f *Field, t reflect.Type, at *yaml.Node) any {
 	case t == reflect.TypeFor[map[string]string]():
 		return c.texts(f, at)
 	case isMapping(t):
-		fields := f.Fields
-		if t != f.typ { // the elements of a list have no defaults but the zero values
-			fields = describe(reflect.New(t).Elem())
-		}
-		return c.mapping(fields, at)
+		return c.mapping(f.Fields, at)
 	case t.Kind() == reflect.Slice && !isText(t):
 		return c.list(f, t, at)
 	case n.Kind != yaml.ScalarNode:

@@ -42,7 +42,7 @@ type Field struct {
 	Required bool     // has no default
 	OneOf    []string // the only words allowed; nil: any
 	Min, Max string   // as it would be written; "" is no bound
-	Fields   []Field  // of a mapping with keys of its own
+	Fields   []Field  // of a mapping with keys of its own, or of each in a list of such
 
 	index    []int
 	typ      reflect.Type
@@ -118,8 +118,11 @@ func describe(v reflect.Value) []Field {
 			f.Default = ""
 		}
 		f.min, f.max = bound(sf.Type, f.Min), bound(sf.Type, f.Max)
-		if isMapping(sf.Type) {
+		switch {
+		case isMapping(sf.Type):
 			f.Fields = describe(v.Field(i))
+		case sf.Type.Kind() == reflect.Slice && isMapping(sf.Type.Elem()):
+			f.Fields = describe(reflect.New(sf.Type.Elem()).Elem())
 		}
 		fields = append(fields, f)
 	}

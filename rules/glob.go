@@ -49,25 +49,19 @@ func (p *pattern) match(s string) bool {
 
 // prefix reports whether s begins with part, and how many bytes that takes.
 func prefix(s, part string) (int, bool) {
-	if !strings.Contains(part, "?") {
-		return len(part), strings.HasPrefix(s, part)
-	}
 	n := 0
-	for len(part) > 0 {
-		if n >= len(s) {
+	for i := range len(part) {
+		switch {
+		case n >= len(s):
 			return 0, false
-		}
-		if part[0] == '?' {
+		case part[i] == '?':
 			_, size := utf8.DecodeRuneInString(s[n:])
 			n += size
-			part = part[1:]
-			continue
-		}
-		if s[n] != part[0] {
+		case s[n] != part[i]:
 			return 0, false
+		default:
+			n++
 		}
-		n++
-		part = part[1:]
 	}
 	return n, true
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"unicode"
 
 	"stoop/alert"
 )
@@ -213,7 +214,7 @@ func (r *Rule) why(a *alert.Alert) (why string, near int) {
 	if r.where != nil {
 		switch ok, err := r.where.holds(a); {
 		case err != nil:
-			return fmt.Sprintf("where: %v", err), 5
+			return "where: " + printable(err.Error()), 5
 		case !ok:
 			return "where is false", 5
 		}
@@ -253,6 +254,22 @@ func shown(s string) string {
 		s = string(r[:most]) + "…"
 	}
 	return fmt.Sprintf("%q", s)
+}
+
+// printable is a message of CEL's, which may repeat what an alert holds, fit for
+// a terminal.
+func printable(s string) string {
+	const most = 120
+	r := []rune(s)
+	if len(r) > most {
+		r = append(r[:most], '…')
+	}
+	for i, c := range r {
+		if !unicode.IsPrint(c) {
+			r[i] = '?'
+		}
+	}
+	return string(r)
 }
 
 // oneOf lists values in a sentence.

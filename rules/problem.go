@@ -10,10 +10,10 @@ import (
 
 // Problem is one thing that is wrong, or odd, with a file of rules.
 type Problem struct {
-	File    string
-	Line    int // from 1
-	Column  int // in characters, from 1
-	Message string
+	File    string `json:"file"`
+	Line    int    `json:"line"`   // from 1
+	Column  int    `json:"column"` // in characters, from 1
+	Message string `json:"message"`
 
 	source string // the line; "" where it should not be shown
 	secret bool   // the line may hold a secret, so that no problem in it may show it

@@ -206,6 +206,30 @@ rules:
 	}
 }
 
+// The safety of a file in audit must not hang on what its rules say.
+func TestTheStricterModeCounts(t *testing.T) {
+	for _, tt := range []struct{ file, rule, want broker.Mode }{
+		{"", "", broker.Audit},
+		{"", broker.Enforce, broker.Audit},
+		{broker.Audit, broker.Enforce, broker.Audit},
+		{broker.Enforce, broker.Audit, broker.Audit},
+		{broker.Enforce, "", broker.Enforce},
+		{broker.Enforce, broker.Enforce, broker.Enforce},
+	} {
+		rule := ""
+		if tt.rule != "" {
+			rule = "mode: " + string(tt.rule) + ", "
+		}
+		src := "rules: [{name: r, " + rule + "match: {priority: debug}, actions: [file]}]\n"
+		if tt.file != "" {
+			src += "mode: " + string(tt.file) + "\n" // wherever it stands
+		}
+		if got := parse(t, src).Rules[0].Mode; got != tt.want {
+			t.Errorf("file %q, rule %q: got %s, want %s", tt.file, tt.rule, got, tt.want)
+		}
+	}
+}
+
 const shell = `{"hostname":"node-1","output":"A shell","output_fields":{"container.id":"0123456789ab","k8s.ns.name":"shop-eu",` +
 	`"k8s.pod.name":null,"evt.time":1766000000123456789,"proc.name":"sh","user.uid":0,"ratio":0.5,"big":18446744073709551616,` +
 	`"proc.aname[2]":"x\\y[z]","proc.is_exe_writable":true,"fd.name":"<NA>","empty":"",` +
@@ -391,6 +415,17 @@ rules:
 		}
 		if got != want {
 			t.Errorf("%s:\n got %s\nwant %s", line, got, want)
+		}
+	}
+}
+
+func TestWhyIsFitForATerminal(t *testing.T) {
+	set := parse(t, "rules: [{name: r, match: {rule: A, fields: {x: y}}, actions: [file]}, {name: s, match: {priority: debug}, where: 'fields[fields[\"x\"]] == 1', actions: [file]}]")
+	a := read(t, `{"rule":"A","priority":"Debug","output_fields":{"x":"\u001b[2J\u202e`+strings.Repeat("x", 1000)+`"}}`)
+	for _, r := range set.Rules {
+		why := r.Why(a)
+		if why == "" || strings.ContainsAny(why, "\x1b\u202e") || len(why) > 300 {
+			t.Errorf("got %q", why)
 		}
 	}
 }

@@ -55,7 +55,7 @@ func (w *Watcher) Run(ctx context.Context) {
 	var faults <-chan error
 	fs, err := fsnotify.NewWatcher()
 	if err != nil {
-		w.report(fmt.Errorf("watching the rules: %w; their file is looked at every %s instead", err, poll))
+		w.OnError(fmt.Errorf("watching the rules: %w; their file is looked at every %s instead", err, poll))
 	} else {
 		defer fs.Close()
 		events, faults = fs.Events, fs.Errors
