@@ -201,12 +201,8 @@ func (p *parser) finish(set *Set) {
 				lines[r.Name] = n.Line
 			}
 		}
-		switch {
-		case r.Mode == "":
+		if r.Mode == "" {
 			r.Mode = set.Mode
-		case r.Mode == broker.Enforce && set.Mode == broker.Audit:
-			p.warn(r.modeNode, "this rule stays in audit mode, because the file is: the stricter of the two counts")
-			r.Mode = broker.Audit
 		}
 		r.nameNode, r.modeNode = nil, nil
 	}

@@ -41,7 +41,7 @@ func (c Catalog) names() []string {
 // more and may be used by many goroutines at once.
 type Set struct {
 	File     string
-	Mode     broker.Mode // the file's: no rule of it is less strict
+	Mode     broker.Mode // the file's, for the rules that name none
 	Rules    []*Rule     // in the order of the file
 	Hash     string      // the first 12 hexadecimal digits of the source's SHA-256
 	Warnings []Problem   // what is allowed and yet hardly meant
@@ -53,7 +53,7 @@ type Set struct {
 type Rule struct {
 	Name        string
 	Description string
-	Mode        broker.Mode // the strictest of the file's and its own
+	Mode        broker.Mode // its own, or the file's; the program's is a ceiling for it
 	Actions     []broker.Action
 
 	position int // in the file, from 0
