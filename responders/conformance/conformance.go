@@ -172,6 +172,7 @@ func Run(t *testing.T, c Case) {
 			r.start()
 			s := r.step()
 			r.remove(r.pod)
+			r.seenGone(s)
 			r.want(s, broker.Nothing)
 			r.nothingDone()
 		})
@@ -186,6 +187,7 @@ func Run(t *testing.T, c Case) {
 			r.start()
 			s := r.step()
 			r.remove(r.pod)
+			r.seenGone(s)
 			next := r.newPod(r.pod.Name)
 			r.want(s, broker.Nothing, broker.Refused)
 			r.nothingDone()
@@ -359,6 +361,15 @@ func (r *rig) start() *responders.Host {
 func (r *rig) stopWatching() {
 	r.watching()
 	<-r.watched
+}
+
+// seenGone waits until stoop's watch has told of the removal.
+func (r *rig) seenGone(s *broker.Step) {
+	r.t.Helper()
+	until(r.t, "the watch tells that the pod is gone", func() bool {
+		_, _, err := r.pods.Resolve(r.t.Context(), s.Target)
+		return err != nil
+	})
 }
 
 func (r *rig) note(m *nats.Msg) {
