@@ -483,6 +483,44 @@ func TestFIFOHandedOver(t *testing.T) {
 	}
 }
 
+// The protocol by which systemd hands a FIFO over, with a socket before it.
+func TestFIFOHandedOverBySystemd(t *testing.T) {
+	dir := t.TempDir()
+	path, out := filepath.Join(dir, "falco.pipe"), filepath.Join(dir, "stored")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fifo := os.NewFile(uintptr(fd), path)
+	defer fifo.Close()
+	other, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	c := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$0"`, os.Args[0])
+	c.Env = append(os.Environ(), "LISTEN_FDS=2", "LISTEN_FDNAMES=x:falco.pipe", handed+"=1", storeIn+"="+out)
+	c.ExtraFiles = []*os.File{other, fifo}
+	c.Stderr = os.Stderr
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		c.Process.Kill()
+		c.Wait()
+	}()
+	write(t, path, line("a", "Notice"), 0)
+	eventually(t, func() error {
+		if raw, err := os.ReadFile(out); err != nil || string(raw) != "a\n" {
+			return fmt.Errorf("stored %q, %v", raw, err)
+		}
+		return nil
+	})
+}
+
 func TestHold(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "falco.pipe")
 	ctx, cancel := context.WithCancel(context.Background())
@@ -512,12 +550,17 @@ func TestHold(t *testing.T) {
 // program.
 const (
 	readerOf = "STOOP_TEST_READ_FIFO"
+	handed   = "STOOP_TEST_READ_HANDED_FIFO"
 	storeIn  = "STOOP_TEST_STORE_FILE"
 )
 
 func TestMain(m *testing.M) {
-	if path := os.Getenv(readerOf); path != "" {
-		fmt.Fprintln(os.Stderr, readIntoFile(path, os.Getenv(storeIn)))
+	open := func() (*FIFO, error) { return OpenFIFO(os.Getenv(readerOf)) }
+	if os.Getenv(handed) != "" {
+		open = HandedFIFO
+	}
+	if out := os.Getenv(storeIn); out != "" {
+		fmt.Fprintln(os.Stderr, readIntoFile(open, out))
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
@@ -541,14 +584,17 @@ func (s appender) Store(_ context.Context, batch []Arrival) (int, error) {
 	return len(batch), nil
 }
 
-func readIntoFile(path, out string) error {
+func readIntoFile(open func() (*FIFO, error), out string) error {
 	f, err := os.OpenFile(out, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	fifo, err := OpenFIFO(path)
+	fifo, err := open()
 	if err != nil {
 		return err
+	}
+	if fifo == nil {
+		return errors.New("no FIFO was handed over")
 	}
 	return fifo.Run(context.Background(), NewIntake(Options{Store: appender{f}}))
 }

@@ -3,9 +3,11 @@ package pipe
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -160,7 +162,7 @@ func TestReaderSaysOnce(t *testing.T) {
 		t.Errorf("3 overlong lines were said %d times:\n%s", n, out)
 	}
 	_, _, out = readAll(t, broker.OriginFIFO, "\x1b[2Jevil \" \xff"+strings.Repeat("y", 5000)+"\n")
-	if strings.ContainsAny(out.String(), "\x1b\xff") || len(out.String()) > 1000 {
+	if strings.Contains(out.String(), "\x1b") || !utf8.ValidString(out.String()) || len(out.String()) > 1000 {
 		t.Errorf("the excerpt is not cut and quoted:\n%q", out.String())
 	}
 }
@@ -197,4 +199,42 @@ func TestReaderBelievesJSONAgain(t *testing.T) {
 	if a := r.read([]byte(line("a", "Notice")), now.Add(textTaint+time.Second)); a[0].Alert.Text {
 		t.Error("never believed again")
 	}
+}
+
+// Whatever comes in, and in whatever pieces, the same comes out of it.
+func FuzzReader(f *testing.F) {
+	a, b := line("a", "Notice"), line("b", "Critical")
+	f.Add(a+b, 1)
+	f.Add(a[:100]+b+textLine, 7)
+	f.Add(strings.TrimSpace(a)+"Events detected: 1\nRule counts by severity:\n   X: 1\n", 3)
+	f.Add(`{"rule":"x"{"rule":"y","priority":"Debug"}`+"\n\n  \n\x00\xff", 2)
+	f.Add(`{"rule":`+strings.Repeat("[", 2000)+strings.Repeat(`{"rule":`, 50), 500)
+	f.Fuzz(func(t *testing.T, text string, piece int) {
+		if piece < 1 {
+			return
+		}
+		in := &Intake{log: slog.New(slog.DiscardHandler), maxLine: 4000, metrics: newMetrics(nil, nil)}
+		now := time.Now()
+		read := func(piece int) (got []string) {
+			r := newReader(broker.OriginStdin, in)
+			all := []Arrival{}
+			for rest := text; len(rest) > 0; {
+				n := min(piece, len(rest))
+				all = append(all, r.read([]byte(rest[:n]), now)...)
+				rest = rest[n:]
+			}
+			for _, a := range append(all, r.end(now)...) {
+				switch {
+				case a.Alert == nil && len(a.Unparsed) == 0, a.Alert != nil && a.Unparsed != nil:
+					t.Fatalf("%+v", a)
+				case a.Alert == nil:
+					got = append(got, "!"+string(a.Unparsed))
+				default:
+					got = append(got, a.Alert.ID)
+				}
+			}
+			return got
+		}
+		equal(t, "arrivals", read(piece), read(len(text)+1))
+	})
 }
