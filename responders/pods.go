@@ -179,6 +179,16 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 	if t.Container == "" && t.Pod == "" && t.UID == "" && t.PID == 0 {
 		return nil, t, fmt.Errorf("the alert names neither pod nor container nor process: %w", errNoPod)
 	}
+	// Most alerts are of a pod that is known: they need no clock.
+	if p.Synced() {
+		p.mu.Lock()
+		found, _ := p.find(t, process{})
+		p.mu.Unlock()
+		if found.err == nil {
+			return found.pod, found.target, nil
+		}
+	}
+	whole := ctx
 	ctx, cancel := context.WithTimeout(ctx, p.wait)
 	defer cancel()
 	select {
@@ -192,33 +202,23 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 		}
 		return nil, t, Retry(fmt.Errorf("the pods of node %s have not been read yet: %w", p.node, err), 0)
 	}
-
-	var of process
-	for looked := t.PID == 0; ; {
+	for of := p.proc.look(t); ; {
 		p.mu.Lock()
 		changed := p.changed
 		found, wait := p.find(t, of)
 		wait = wait && !p.waitedInVain(t)
 		p.mu.Unlock()
-		if found.err == nil {
-			return found.pod, found.target, nil
-		}
-		if !looked {
-			// Only now: most alerts need no look into /proc.
-			looked = true
-			if of = p.proc.look(t); of != (process{}) {
-				continue
-			}
-		}
-		if !wait {
-			return nil, found.target, found.err
+		if found.err == nil || !wait {
+			return found.pod, found.target, found.err
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			p.mu.Lock()
-			p.noteVain(t)
-			p.mu.Unlock()
+			if whole.Err() == nil {
+				p.mu.Lock()
+				p.noteVain(t)
+				p.mu.Unlock()
+			}
 			return nil, found.target, found.err
 		}
 	}
