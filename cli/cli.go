@@ -12,11 +12,12 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"stoop/param"
 )
 
 // Exit codes.
@@ -140,8 +141,12 @@ which it only says what it would do.`,
 
 func unknownCommand(cmd *cobra.Command, name string) error {
 	hint := ""
-	if near := cmd.SuggestionsFor(name); len(near) > 0 {
-		hint = fmt.Sprintf("; did you mean %s?", strings.Join(near, " or "))
+	var names []string
+	for _, c := range cmd.Commands() {
+		names = append(names, c.Name())
+	}
+	if near := param.Nearest(name, names); near != "" {
+		hint = fmt.Sprintf("; did you mean %s?", near)
 	}
 	return usage("unknown command %q%s (stoop --help lists them)", name, hint)
 }

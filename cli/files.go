@@ -249,7 +249,10 @@ func (t *tester) line(n int, line []byte) tested {
 }
 
 func (r *tested) alertText() string {
-	if r.Rule == "" {
+	switch {
+	case r.Error != "":
+		return "(no alert)"
+	case r.Rule == "":
 		return "(plain text)"
 	}
 	return r.Rule

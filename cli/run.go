@@ -69,7 +69,16 @@ everything happens but the acts.`,
 			set(&c.Node, f.node)
 			set(&c.Data, f.data)
 			set(&c.Kubernetes.Kubeconfig, f.kubeconfig)
-			if f.pipe != "" || f.file != "" || f.stdin {
+			named := 0
+			for _, given := range []bool{f.pipe != "", f.file != "", f.stdin} {
+				if given {
+					named++
+				}
+			}
+			if named > 1 {
+				return usage("--pipe, --file and --stdin exclude each other; the configuration can name several sources")
+			}
+			if named == 1 {
 				c.Source = Source{Pipe: f.pipe, File: f.file, Stdin: f.stdin}
 			}
 			if c.Mode != string(broker.Audit) && c.Mode != string(broker.Enforce) {
@@ -88,7 +97,6 @@ everything happens but the acts.`,
 	fl.StringVar(&f.node, "node", "", "this node's name (default NODE_NAME, then the host's name)")
 	fl.StringVar(&f.data, "data", "", "the data folder (default /var/lib/stoop)")
 	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "reach the API server by `FILE` (default: in a pod, its service account)")
-	cmd.MarkFlagsMutuallyExclusive("pipe", "file", "stdin")
 	return cmd
 }
 

@@ -204,7 +204,7 @@ func (p *parser) finish(set *Set) {
 		if r.Mode == "" {
 			r.Mode = set.Mode
 		}
-		r.nameNode, r.modeNode = nil, nil
+		r.nameNode = nil
 	}
 }
 
@@ -230,7 +230,7 @@ func (p *parser) rule(n *yaml.Node) *Rule {
 		case "description":
 			r.Description = p.text(v, kn)
 		case "mode":
-			r.Mode, r.modeNode = p.mode(v, kn), v
+			r.Mode = p.mode(v, kn)
 		case "match":
 			p.conditions(&r.match, key, v, kn)
 		case "except":

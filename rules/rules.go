@@ -61,7 +61,7 @@ type Rule struct {
 	except   *conditions
 	where    *expression
 
-	nameNode, modeNode *yaml.Node // only while the file is read
+	nameNode *yaml.Node // only while the file is read
 }
 
 // What a file of rules may hold at most.

@@ -206,12 +206,14 @@ rules:
 	}
 }
 
-// The safety of a file in audit must not hang on what its rules say.
-func TestTheStricterModeCounts(t *testing.T) {
+// The file's mode is that of the rules that name none: so one rule can be
+// switched on while the others are still looked at. The program's mode is the
+// ceiling, and is asked at the act.
+func TestARulesOwnModeCounts(t *testing.T) {
 	for _, tt := range []struct{ file, rule, want broker.Mode }{
 		{"", "", broker.Audit},
-		{"", broker.Enforce, broker.Audit},
-		{broker.Audit, broker.Enforce, broker.Audit},
+		{"", broker.Enforce, broker.Enforce},
+		{broker.Audit, broker.Enforce, broker.Enforce},
 		{broker.Enforce, broker.Audit, broker.Audit},
 		{broker.Enforce, "", broker.Enforce},
 		{broker.Enforce, broker.Enforce, broker.Enforce},

@@ -1,0 +1,76 @@
+package cli
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// Imports point one way: an alert's. What is not listed here may import
+// nothing of stoop's own.
+func TestImportsPointOneWay(t *testing.T) {
+	allowed := map[string][]string{
+		"alert":                  {},
+		"param":                  {},
+		"failpoint":              {},
+		"web":                    {},
+		"broker":                 {"alert"},
+		"broker/brokertest":      {"broker"},
+		"pipe":                   {"alert", "broker", "failpoint"},
+		"rules":                  {"alert", "broker", "param"},
+		"responders":             {"alert", "broker", "param", "failpoint"},
+		"responders/conformance": {"alert", "broker", "broker/brokertest", "responders"},
+		"router":                 {"alert", "broker", "rules", "failpoint"},
+		"cli":                    {"alert", "broker", "param", "pipe", "responders", "router", "rules", "web"},
+		".":                      {"cli"},
+	}
+	seen := map[string]bool{}
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := d.Name()
+		if d.IsDir() && path != ".." && (name == "e2e" || name == "testdata" || strings.HasPrefix(name, ".")) {
+			return fs.SkipDir
+		}
+		if d.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
+			return nil
+		}
+		pkg, err := filepath.Rel("..", filepath.Dir(path))
+		if err != nil {
+			return err
+		}
+		may, ok := allowed[pkg]
+		if !ok {
+			t.Errorf("package %s is in no list", pkg)
+		}
+		seen[pkg] = true
+		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly|parser.ParseComments)
+		if err != nil {
+			return err
+		}
+		for _, i := range f.Imports {
+			p, err := strconv.Unquote(i.Path.Value)
+			if err != nil {
+				return err
+			}
+			if own, is := strings.CutPrefix(p, "stoop/"); is && !slices.Contains(may, own) {
+				t.Errorf("%s imports %s", path, p)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for pkg := range allowed {
+		if !seen[pkg] {
+			t.Errorf("there is no package %s", pkg)
+		}
+	}
+}

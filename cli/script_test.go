@@ -1,0 +1,123 @@
+package cli
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"stoop": func() { os.Exit(Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
+	})
+}
+
+// The scripts of testdata/script are sessions with the real program. Besides
+// the usual commands they have:
+//
+//	await COMMAND...        runs it until it succeeds, for at most 20 s
+//	await-text FILE TEXT    waits until the file holds the text
+//	exits CODE COMMAND...   runs it and wants this exit code
+//	alerts FILE...          replaces @now@ and @work@ in the files
+//	lines N FILE            fails unless the file has N lines
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("NODE_NAME", "node-1")
+			e.Setenv("COLUMNS", "80")
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"await":      await,
+			"await-text": awaitText,
+			"exits":      exits,
+			"alerts":     alerts,
+			"lines":      lines,
+		},
+	})
+}
+
+const patience = 20 * time.Second
+
+func command(ts *testscript.TestScript, args []string) *exec.Cmd {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Dir = ts.Getenv("WORK")
+	for _, k := range []string{"PATH", "HOME", "NODE_NAME", "COLUMNS", "TMPDIR"} {
+		cmd.Env = append(cmd.Env, k+"="+ts.Getenv(k))
+	}
+	path, err := lookPath(ts, args[0])
+	ts.Check(err)
+	cmd.Path = path
+	return cmd
+}
+
+// lookPath finds a program on the script's PATH, not on the test's.
+func lookPath(ts *testscript.TestScript, name string) (string, error) {
+	for _, dir := range strings.Split(ts.Getenv("PATH"), ":") {
+		if p := dir + "/" + name; strings.HasPrefix(p, "/") {
+			if info, err := os.Stat(p); err == nil && info.Mode()&0o111 != 0 {
+				return p, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("%s is not on the PATH", name)
+}
+
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	var out []byte
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		var err error
+		if out, err = command(ts, args).CombinedOutput(); (err == nil) != neg {
+			return
+		}
+	}
+	ts.Fatalf("%s: not within %s: %s", strings.Join(args, " "), patience, out)
+}
+
+func awaitText(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: await-text FILE TEXT")
+	}
+	var data []byte
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		data, _ = os.ReadFile(ts.MkAbs(args[0]))
+		if bytes.Contains(data, []byte(args[1])) {
+			return
+		}
+	}
+	ts.Fatalf("%s does not hold %q within %s: %s", args[0], args[1], patience, data)
+}
+
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	var stdout, stderr bytes.Buffer
+	cmd := command(ts, args[1:])
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	_ = cmd.Run()
+	fmt.Fprintf(ts.Stdout(), "%s", stdout.Bytes())
+	fmt.Fprintf(ts.Stderr(), "%s", stderr.Bytes())
+	if got := fmt.Sprint(cmd.ProcessState.ExitCode()); got != args[0] {
+		ts.Fatalf("%s: exit code %s, want %s: %s%s", strings.Join(args[1:], " "), got, args[0], stdout.Bytes(), stderr.Bytes())
+	}
+}
+
+func alerts(ts *testscript.TestScript, _ bool, args []string) {
+	for _, f := range args {
+		now := time.Now().UTC().Format("2006-01-02T15:04:05.000000000Z")
+		text := strings.NewReplacer("@now@", now, "@work@", ts.Getenv("WORK")).Replace(ts.ReadFile(f))
+		ts.Check(os.WriteFile(ts.MkAbs(f), []byte(text), 0o600))
+	}
+}
+
+func lines(ts *testscript.TestScript, _ bool, args []string) {
+	if got := fmt.Sprint(strings.Count(ts.ReadFile(args[1]), "\n")); got != args[0] {
+		ts.Fatalf("%s has %s lines, want %s:\n%s", args[1], got, args[0], ts.ReadFile(args[1]))
+	}
+}
