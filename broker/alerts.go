@@ -147,6 +147,8 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 			}
 			continue
 		case err = <-p.ack.Err():
+		case <-b.Failed():
+			err = b.Err()
 		case <-ctx.Done():
 			err = context.Cause(ctx)
 		}

@@ -83,7 +83,8 @@ type Broker struct {
 	lanes  [2]*lane // urgent, other
 	seen   map[string]struct{}
 	queues queues
-	fault  faultLine
+	sound  context.Context // ends when the store has failed, its cause says why
+	fail   context.CancelCauseFunc
 	state  *State
 	closed sync.Once
 }
@@ -99,7 +100,7 @@ const startTimeout = time.Minute
 func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	cfg.setDefaults()
 	b := &Broker{cfg: cfg, log: cfg.Log, secret: rand.Text(), guest: rand.Text()}
-	b.fault.ch = make(chan struct{})
+	b.sound, b.fail = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
 			b.Close()
@@ -195,7 +196,7 @@ func (b *Broker) startServer(store string) error {
 		return fmt.Errorf("start the embedded NATS server: %w", err)
 	}
 	b.srv = srv
-	l := &serverLog{log: b.log.With("component", "nats")}
+	l := &serverLog{log: b.log.With("component", "nats"), full: b.fail}
 	srv.SetLoggerV2(l, false, false, false)
 	srv.Start()
 	if !srv.ReadyForConnections(startTimeout) || l.fatal() != nil || !srv.JetStreamEnabled() {
@@ -260,40 +261,33 @@ func (b *Broker) Close() {
 	})
 }
 
-// faultLine is the first error that showed the store to be out of order.
-type faultLine struct {
-	mu  sync.Mutex
-	err error
-	ch  chan struct{}
-}
-
 // Failed is closed when the store has refused a write for a fault of its own (a
 // full disk, an input or output error). It then refuses for good until it is
 // opened again. [Broker.Err] says why.
-func (b *Broker) Failed() <-chan struct{} { return b.fault.ch }
+func (b *Broker) Failed() <-chan struct{} { return b.sound.Done() }
 
 // Err is why the store failed, or nil.
 func (b *Broker) Err() error {
-	b.fault.mu.Lock()
-	defer b.fault.mu.Unlock()
-	return b.fault.err
+	if b.sound.Err() == nil {
+		return nil
+	}
+	return context.Cause(b.sound)
 }
 
-func (b *Broker) fail(err error) {
-	b.fault.mu.Lock()
-	defer b.fault.mu.Unlock()
-	if b.fault.err == nil {
-		b.fault.err = err
-		close(b.fault.ch)
-	}
+// bound bounds a write: by its time, and by the store's health.
+func (b *Broker) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	stop := context.AfterFunc(b.sound, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // serverLog writes the server's log lines into slog, and keeps what the server
 // thinks fatal: it would exit the process for it, and tells nobody else.
 type serverLog struct {
-	log *slog.Logger
-	mu  sync.Mutex
-	err error
+	log  *slog.Logger
+	full func(error) // called when the disk is full
+	mu   sync.Mutex
+	err  error
 }
 
 func (l *serverLog) fatal() error {

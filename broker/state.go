@@ -28,7 +28,7 @@ func (s *State) Put(ctx context.Context, key string, v any, ttl time.Duration) e
 }
 
 func (s *State) put(ctx context.Context, key string, data []byte, ttl time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := s.b.bound(ctx)
 	defer cancel()
 	var opts []jetstream.PublishOpt
 	if ttl > 0 {

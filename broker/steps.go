@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"stoop/alert"
+	"stoop/failpoint"
 )
 
 // StepID is the id of a step: the same for the same alert, rule and position,
@@ -117,6 +118,7 @@ func (b *Broker) publishStepAsync(s *Step, urgent bool) stepAck {
 		b.giveUp(s, err)
 		return stepAck{step: s}
 	}
+	failpoint.Hit("router.before-publish")
 	a := stepAck{step: s, size: len(m.Data)}
 	if a.ack, err = b.js.PublishMsgAsync(m); err != nil {
 		b.log.Warn("publish a step", "step", s.ID, "responder", s.Responder, "error", err)
@@ -145,8 +147,11 @@ func (b *Broker) stepStored(ctx context.Context, a stepAck) error {
 	var err error
 	select {
 	case <-a.ack.Ok():
+		failpoint.Hit("router.after-publish")
 		return nil
 	case err = <-a.ack.Err():
+	case <-b.Failed():
+		return b.Err()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -175,7 +180,7 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	if err := b.admit(s, len(m.Data), true); err != nil {
 		return false, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := b.bound(ctx)
 	defer cancel()
 	if _, err = b.js.PublishMsg(ctx, m); err == nil {
 		return true, nil
@@ -204,8 +209,8 @@ func (b *Broker) PublishOutcome(o Outcome) error {
 	case <-ack.Ok():
 		return nil
 	case err = <-ack.Err():
-	case <-time.After(publishTimeout):
-		err = jetstream.ErrAsyncPublishTimeout
+	case <-b.Failed():
+		err = b.Err()
 	}
 	if IsStoreFault(err) {
 		b.fail(err)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stoop/broker"
+	"stoop/failpoint"
 	"stoop/pipe"
 	"stoop/responders"
 	"stoop/router"
@@ -66,7 +67,9 @@ func (s *storeSwitch) Store(ctx context.Context, batch []pipe.Arrival) (int, err
 		b, changed := s.broker, s.changed
 		s.mu.Unlock()
 		if b != nil {
-			return b.Store(ctx, batch)
+			n, err := b.Store(ctx, batch)
+			failpoint.Hit("pipe.after-store")
+			return n, err
 		}
 		select {
 		case <-changed:

@@ -99,6 +99,12 @@ func (h *health) register(reg prometheus.Registerer) {
 		g := h.engine.current.Load()
 		return truth[g != nil && g.host.Paused().Paused]
 	})
+	gauge("stoop_breakers_open", "Breakers that hold harmful steps back.", func() float64 {
+		if g := h.engine.current.Load(); g != nil {
+			return float64(g.host.OpenBreakers())
+		}
+		return 0
+	})
 	gauge("stoop_rules_error", "1 while the rules file is wrong and the last good rules are in force.", func() float64 {
 		return truth[h.rulesBad.Load()]
 	})

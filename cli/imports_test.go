@@ -19,14 +19,14 @@ func TestImportsPointOneWay(t *testing.T) {
 		"param":                  {},
 		"failpoint":              {},
 		"web":                    {},
-		"broker":                 {"alert"},
+		"broker":                 {"alert", "failpoint"},
 		"broker/brokertest":      {"broker"},
-		"pipe":                   {"alert", "broker", "failpoint"},
+		"pipe":                   {"alert", "broker"},
 		"rules":                  {"alert", "broker", "param"},
 		"responders":             {"alert", "broker", "param", "failpoint"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "responders"},
-		"router":                 {"alert", "broker", "rules", "failpoint"},
-		"cli":                    {"alert", "broker", "param", "pipe", "responders", "router", "rules", "web"},
+		"router":                 {"alert", "broker", "rules"},
+		"cli":                    {"alert", "broker", "failpoint", "param", "pipe", "responders", "router", "rules", "web"},
 		".":                      {"cli"},
 	}
 	seen := map[string]bool{}

@@ -156,7 +156,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	e := &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
 		host: responders.Config{
-			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Tell: told.tell,
+			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Tell: told.tell,
 			Env:    responders.Env{Kube: kube, Node: node, Cluster: c.Cluster, Data: c.Data, Log: log},
 			Guards: c.guards(node, self),
 		},

@@ -2,7 +2,6 @@ package responders
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,7 +12,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	corev1 "k8s.io/api/core/v1"
 
 	"stoop/alert"
 	"stoop/broker"
@@ -32,8 +30,45 @@ type Config struct {
 	// says on its own, a breaker that opened: title is a constant, detail a
 	// sentence.
 	Tell func(title, detail string)
-	// Metrics are shared by all hosts of a process.
+	// Metrics and Ended are shared by all hosts of a process.
 	Metrics *Metrics
+	Ended   *Ended
+}
+
+// Ended remembers the steps that this process has ended lately. A store whose
+// disk was full could not note that they were acknowledged, and gives them
+// again when it is back.
+type Ended struct {
+	mu    sync.Mutex
+	has   map[string]struct{}
+	order []string
+}
+
+// endedMax is how many are remembered.
+const endedMax = 20_000
+
+func (e *Ended) add(id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.has == nil {
+		e.has = map[string]struct{}{}
+	}
+	if _, ok := e.has[id]; ok {
+		return
+	}
+	if len(e.order) >= endedMax {
+		delete(e.has, e.order[0])
+		e.order = e.order[1:]
+	}
+	e.has[id] = struct{}{}
+	e.order = append(e.order, id)
+}
+
+func (e *Ended) contains(id string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_, ok := e.has[id]
+	return ok
 }
 
 // Host runs the responders: it is what stands between the stream ACTIONS and
@@ -88,6 +123,9 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 	}
 	if h.Tell == nil {
 		h.Tell = func(string, string) {}
+	}
+	if h.Ended == nil {
+		h.Ended = &Ended{}
 	}
 	if h.Metrics == nil {
 		h.Metrics = NewMetrics(prometheus.NewRegistry())
@@ -146,6 +184,10 @@ func (h *Host) Run(ctx context.Context) error {
 func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 	s := d.Step
 	r := h.responders[s.Responder]
+	if h.Ended.contains(s.ID) {
+		h.acknowledge(d)
+		return
+	}
 	if rec := h.ledger.get(s.ID); rec != nil && rec.Status != "" {
 		// An earlier process did it and was killed before it could say so.
 		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)
@@ -205,6 +247,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 		}
 		pod, t, err := h.Pods.Resolve(ctx, s.Target)
 		if err != nil {
+			s.Target = t // what is known of it
 			if protected := h.Guards.protected(s.Target, nil); protected != "" {
 				return h.suppress("protected", protected)
 			}
@@ -378,8 +421,13 @@ func (h *Host) finish(ctx context.Context, d *broker.Delivery, r *running, statu
 	o.Found, o.Undo = res.Found, undo
 	h.record(o)
 	failpoint.Hit("host.before-ack")
+	h.Ended.add(s.ID)
+	h.acknowledge(d)
+}
+
+func (h *Host) acknowledge(d *broker.Delivery) {
 	if err := d.Ack(); err != nil {
-		h.Log.Warn("a step could not be acknowledged, and will come again", "step", s.ID, "error", err)
+		h.Log.Warn("a step could not be acknowledged, and will come again", "step", d.Step.ID, "error", err)
 	}
 }
 
@@ -511,15 +559,3 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	r.MustRegister(m.outcomes, m.suppressed, m.retries, m.breakers, m.took)
 	return m
 }
-
-// jsonOf is v as JSON, for what can't fail.
-func jsonOf(v any) json.RawMessage {
-	data, err := json.Marshal(v)
-	if err != nil {
-		panic(fmt.Sprintf("marshal %T: %v", v, err))
-	}
-	return data
-}
-
-// podName is how a pod is called in logs and reasons.
-func podName(p *corev1.Pod) string { return p.Namespace + "/" + p.Name }

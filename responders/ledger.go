@@ -99,6 +99,7 @@ func newLedger(state *broker.State) *ledger {
 
 // The accounts that a step is counted in.
 func (a *act) objectKey() string { return a.Rule + "\x00" + a.Responder + "\x00" + a.Object }
+
 func (a *act) ownerKey() string {
 	return "owner\x00" + a.Rule + "\x00" + a.Responder + "\x00" + a.Owner
 }
@@ -347,13 +348,6 @@ func (l *ledger) end(id string, status broker.Status, res Result, reason string,
 	if status != broker.Done {
 		l.uncount(id, a)
 	}
-}
-
-// forget drops a step that was not begun after all.
-func (l *ledger) forget(id string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.drop(id)
 }
 
 func (l *ledger) uncount(id string, a *act) {

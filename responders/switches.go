@@ -34,6 +34,9 @@ func (h *Host) loadPause(ctx context.Context) error {
 // Paused is whether acting is stopped.
 func (h *Host) Paused() Pause { return *h.pause.Load() }
 
+// OpenBreakers is how many breakers hold harmful steps back.
+func (h *Host) OpenBreakers() int { return h.ledger.openBreakers(time.Now()) }
+
 // SetPause stops acting, or goes on; it holds over restarts. Undo still works
 // while paused. When it can't be stored it holds for this process all the
 // same, and the error says so.
