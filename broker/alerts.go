@@ -376,7 +376,10 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 	if err != nil {
 		return err
 	}
-	it, err := c.Messages(jetstream.PullMaxMessages(2000), jetstream.PullExpiry(pullExpiry))
+	// A pull that got lost is made anew by itself: an error for it would end
+	// the program.
+	it, err := c.Messages(jetstream.PullMaxMessages(2000), jetstream.PullExpiry(pullExpiry),
+		jetstream.WithMessagesErrOnMissingHeartbeat(false))
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", l.name, err)
 	}

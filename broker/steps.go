@@ -288,7 +288,10 @@ func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency
 	}
 	// One message at a time: what waits in the client's buffer is nobody's,
 	// and would be given again while it waits.
-	it, err := c.Messages(jetstream.PullMaxMessages(1), jetstream.PullExpiry(pullExpiry))
+	// A pull that got lost is made anew by itself: an error for it would end
+	// the program.
+	it, err := c.Messages(jetstream.PullMaxMessages(1), jetstream.PullExpiry(pullExpiry),
+		jetstream.WithMessagesErrOnMissingHeartbeat(false))
 	if err != nil {
 		return fmt.Errorf("consume the steps of %s: %w", responder, err)
 	}
