@@ -104,14 +104,16 @@ func wantAll(t *testing.T, w *world, s *program.Stoop, expected []expectation, w
 		}
 		return missing == 0, fmt.Sprintf("the outcomes of %d steps of %d alerts, the first %s", missing, len(expected), first)
 	})
-	statuses := map[broker.Status]int{}
+	statuses, wrong := map[broker.Status]int{}, 0
 	for _, e := range expected {
 		for _, r := range e.responders {
 			outcomes := final[step{e.id, r}]
 			last := outcomes[len(outcomes)-1]
 			statuses[last.Status]++
 			if last.Status != broker.Done && last.Status != broker.Nothing {
-				t.Errorf("%s of the alert %s: %s (%s)", r, e.id, last.Status, last.Reason)
+				if wrong++; wrong <= 5 {
+					t.Errorf("%s of the alert %s: %s (%s)", r, e.id, last.Status, last.Reason)
+				}
 			}
 			if len(outcomes) > 1 {
 				statuses["told more than once"]++
@@ -154,11 +156,10 @@ func noise(node string, n int) program.Alert {
 // and nothing is asked for twice.
 func TestKilledAtRandomMoments(t *testing.T) {
 	const (
-		kills    = 20
-		perRule  = 80 // pods for each of the three kinds of harmful step
-		tick     = 20 * time.Millisecond
-		perTick  = 10 // lines of noise: 500 a second
-		maxAlive = 1500 * time.Millisecond
+		kills   = 20
+		perRule = 150 // pods for each of the three kinds of harmful step
+		tick    = 20 * time.Millisecond
+		perTick = 6 // lines of noise: 300 a second
 	)
 	w := newWorld(t)
 	s := program.New(t, w.options(crashRules(t.TempDir())))
@@ -202,7 +203,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 				add(noise(w.node, n), nil)
 				n++
 			}
-			if tickNumber%4 == 0 && len(pods) > 0 {
+			if tickNumber%2 == 0 && len(pods) > 0 {
 				add(program.Critical(rules[0], pods[0]), pods[0])
 				pods, rules = pods[1:], rules[1:]
 			}
@@ -211,9 +212,13 @@ func TestKilledAtRandomMoments(t *testing.T) {
 			}
 		}
 	})
-	for range kills {
+	for k := range kills {
 		s.Spawn()
-		alive := rand.N(maxAlive)
+		// Every other kill comes early, while what waited is worked off.
+		alive := rand.N(1500 * time.Millisecond)
+		if k%2 == 1 {
+			alive = rand.N(400 * time.Millisecond)
+		}
 		select {
 		case <-s.Process().Done():
 			t.Fatalf("stoop ended by itself: %v\n%s", s.Process().Wait(0), s.LogTail(20))
