@@ -28,13 +28,13 @@ lint: ## formatting, vet, staticcheck
 	$(GO) tool staticcheck ./...
 
 fuzz: ## 20 s of each fuzz target
-	$(GO) test -run '^$$' -fuzz '^FuzzParse$$' -fuzztime 20s ./alert
+	$(GO) test -run '^$$' -fuzz '^FuzzParse$$' -fuzztime 20s -fuzzminimizetime 10x ./alert
 
 e2e: ## against a real kube-apiserver, built from its modules the first time (minutes)
 	cd e2e && $(GO) test -timeout 25m -count=1 ./...
 
 bench: ## the figures of docs/performance.md, measured here
-	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./broker
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./cli
 	cd e2e && $(GO) run ./cmd/bench -write ../docs/performance.md
 
 docs: ## write the generated documentation again

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -90,6 +91,43 @@ func (b *Broker) lane(urgent bool) *lane {
 	return b.lanes[1]
 }
 
+// underway holds alerts that this process has parsed and stored, until the
+// router takes them: it need not parse them again. What it does not find here
+// (too much was under way, or another process stored it) it parses.
+type underway struct {
+	mu    sync.Mutex
+	byID  map[string]*alert.Alert
+	bytes int
+}
+
+const (
+	underwayMost  = 4096
+	underwayBytes = 4 << 20
+)
+
+func (u *underway) put(a *alert.Alert) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.byID == nil {
+		u.byID = map[string]*alert.Alert{}
+	}
+	if len(u.byID) < underwayMost && u.bytes < underwayBytes && u.byID[a.ID] == nil {
+		u.byID[a.ID] = a
+		u.bytes += len(a.Raw)
+	}
+}
+
+func (u *underway) take(id string) *alert.Alert {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	a := u.byID[id]
+	if a != nil {
+		delete(u.byID, id)
+		u.bytes -= len(a.Raw)
+	}
+	return a
+}
+
 // Unrouted is how many alerts are stored and wait for the router.
 func (b *Broker) Unrouted() int64 { return b.lanes[0].alerts.Load() + b.lanes[1].alerts.Load() }
 
@@ -117,8 +155,12 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 		if stop = l.room(ctx); stop != nil {
 			break
 		}
+		if a := batch[i].Alert; a != nil {
+			b.underway.put(a)
+		}
 		ack, err := b.js.PublishMsgAsync(m)
 		if err != nil {
+			b.underway.take(m.Header.Get(HeaderID))
 			stop = err
 			break
 		}
@@ -153,6 +195,9 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 			err = context.Cause(ctx)
 		}
 		p.lane.routed(p.bytes)
+		if a := batch[i].Alert; a != nil {
+			b.underway.take(a.ID)
+		}
 		if stored == i {
 			stop = fmt.Errorf("store an alert in %s: %w", p.lane.name, err)
 		}
@@ -299,6 +344,7 @@ type Stored struct {
 	Received time.Time
 	StoredAt time.Time
 	Origin   Origin
+	Alert    *alert.Alert // what Data says, if this process knows it already
 }
 
 func newStored(m jetstream.Msg) *Stored {
@@ -439,6 +485,7 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 		}
 		r := routing{msg: m}
 		if s := newStored(m); s != nil {
+			s.Alert = b.underway.take(s.ID)
 			for _, step := range match(s) {
 				r.acks = append(r.acks, b.publishStepAsync(step, urgent))
 			}

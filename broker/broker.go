@@ -80,13 +80,14 @@ type Broker struct {
 	conn *nats.Conn // publishing
 	js   jetstream.JetStream
 
-	lanes  [2]*lane // urgent, other
-	seen   map[string]struct{}
-	queues queues
-	sound  context.Context // ends when the store has failed, its cause says why
-	fail   context.CancelCauseFunc
-	state  *State
-	closed sync.Once
+	lanes    [2]*lane // urgent, other
+	seen     map[string]struct{}
+	queues   queues
+	underway underway
+	sound    context.Context // ends when the store has failed, its cause says why
+	fail     context.CancelCauseFunc
+	state    *State
+	closed   sync.Once
 }
 
 // ErrLocked says that another process works on the data folder.

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -103,9 +104,17 @@ everything happens but the acts.`,
 // defaultRules is where the rules are when --rules is not given.
 const defaultRules = "/etc/stoop/rules.yaml"
 
+// memoryLimit is what the garbage collector keeps the heap under, in bytes, if
+// GOMEMLIMIT does not say otherwise. In a storm the store's caches would grow
+// far beyond it, for nothing.
+const memoryLimit = 88 << 20
+
 // run wires everything together and waits for the end. What opens is closed in
 // the reverse order: sources, intake, engine, the rest.
 func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err error) {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	log := p.logger(c.Log)
 	node, err := c.nodeName()
 	if err != nil {

@@ -56,7 +56,8 @@ type Router struct {
 	rules   atomic.Pointer[rules.Set]
 	log     *slog.Logger
 	watched atomic.Int64 // until when somebody watches, in nanoseconds since 1970
-	routed  prometheus.Counter
+	count   atomic.Uint64
+	routed  prometheus.CounterFunc
 	matched prometheus.Counter
 	none    prometheus.Counter
 }
@@ -65,10 +66,11 @@ type Router struct {
 func New(log *slog.Logger, reg prometheus.Registerer) *Router {
 	r := &Router{
 		log:     log,
-		routed:  prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_alerts_routed_total", Help: "Alerts that were held against the rules."}),
 		matched: prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_rules_matched_total", Help: "Matches of an alert and a rule."}),
 		none:    prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_alerts_unmatched_total", Help: "Alerts that no rule matched."}),
 	}
+	r.routed = prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "stoop_alerts_routed_total", Help: "Alerts that were held against the rules."},
+		func() float64 { return float64(r.count.Load()) })
 	r.rules.Store(&rules.Set{})
 	reg.MustRegister(r.routed, r.matched, r.none)
 	return r
@@ -79,6 +81,9 @@ func (r *Router) SetRules(s *rules.Set) { r.rules.Store(s) }
 
 // Rules are those in force.
 func (r *Router) Rules() *rules.Set { return r.rules.Load() }
+
+// Routed is how many alerts were held against the rules.
+func (r *Router) Routed() uint64 { return r.count.Load() }
 
 // Watch makes the router publish its verdicts for d from now.
 func (r *Router) Watch(d time.Duration) { r.watched.Store(time.Now().Add(d).UnixNano()) }
@@ -104,13 +109,16 @@ func (r *Router) Run(ctx context.Context, b *broker.Broker) error {
 
 // route is the way of one alert.
 func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
-	r.routed.Inc()
-	a, err := alert.Parse(s.Data)
-	if err != nil { // the pipe parsed it: only a damaged store gets here
-		r.log.Error("a stored alert can't be read", "alert", s.ID, "error", err)
-		return nil
+	r.count.Add(1)
+	a := s.Alert
+	if a == nil {
+		var err error
+		if a, err = alert.Parse(s.Data); err != nil { // the pipe parsed it: only a damaged store gets here
+			r.log.Error("a stored alert can't be read", "alert", s.ID, "error", err)
+			return nil
+		}
+		a.ID = s.ID // a plain-text line's is that of the line, not of the JSON made of it
 	}
-	a.ID = s.ID // a plain-text line's is that of the line, not of the JSON made of it
 	set := r.rules.Load()
 	found := set.Match(a)
 	if time.Now().UnixNano() < r.watched.Load() {
