@@ -121,6 +121,15 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	return sorted[min(max(rank, 0), len(sorted)-1)]
 }
 
-func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }
-func mib(bytes int64) string    { return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20)) }
-func over(a, b float64) string  { return fmt.Sprintf("%.2f×", a/b) }
+func ms(d time.Duration) string { return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1000) }
+
+// more is a difference as a person says it.
+func more(d time.Duration) string {
+	if d < 0 {
+		return ms(-d) + " less"
+	}
+	return ms(d) + " more"
+}
+
+func mib(bytes int64) string   { return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20)) }
+func over(a, b float64) string { return fmt.Sprintf("%.2f×", a/b) }
