@@ -19,7 +19,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -386,7 +385,7 @@ func (c *Config) sources(p *program) ([]pipe.Source, error) {
 
 // cluster is the client for the API server, nil when there is none, and what
 // stoop is known by.
-func (c *Config) cluster(log *slog.Logger) (kubernetes.Interface, responders.Self, error) {
+func (c *Config) cluster(log *slog.Logger) (*responders.Kube, responders.Self, error) {
 	self := responders.Self{
 		PID: int64(os.Getpid()), Container: ownContainer(),
 		Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"),
@@ -409,10 +408,7 @@ func (c *Config) cluster(log *slog.Logger) (kubernetes.Interface, responders.Sel
 	self.User = tokenUser(rc)
 	rc.QPS, rc.Burst = float32(c.Kubernetes.QPS), c.Kubernetes.Burst
 	rc.UserAgent = "stoop/" + version()
-	rc.ContentType = "application/vnd.kubernetes.protobuf"
-	rc.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
-	rc.WarningHandlerWithContext = rest.NoWarnings{}
-	client, err := kubernetes.NewForConfig(rc)
+	client, err := responders.NewKube(rc)
 	if err != nil {
 		return nil, self, fmt.Errorf("reach the API server: %w", err)
 	}

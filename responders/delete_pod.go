@@ -10,7 +10,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
 
 	"stoop/param"
 )
@@ -58,7 +57,7 @@ func (p deletePodParams) Validate() error {
 	return nil
 }
 
-type podDeleter struct{ kube kubernetes.Interface }
+type podDeleter struct{ kube *Kube }
 
 func (d *podDeleter) Act(ctx context.Context, r *Request) (Result, error) {
 	params := deletePodDefaults()
@@ -77,7 +76,7 @@ func (d *podDeleter) Act(ctx context.Context, r *Request) (Result, error) {
 	if g := pod.DeletionGracePeriodSeconds; pod.DeletionTimestamp != nil && g != nil && *g <= grace {
 		return Result{Nothing: true, Reason: fmt.Sprintf("the pod is being deleted already, with a grace period of %d s", *g)}, nil
 	}
-	err := d.kube.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
+	err := d.kube.Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
 		GracePeriodSeconds: &grace,
 		Preconditions:      metav1.NewUIDPreconditions(string(pod.UID)),
 	})
@@ -89,7 +88,7 @@ func (d *podDeleter) Act(ctx context.Context, r *Request) (Result, error) {
 
 // sameNow asks the API server for a pod as it is now; [ErrGone] if it went or
 // another one has its name.
-func sameNow(ctx context.Context, kube kubernetes.Interface, pod *corev1.Pod) (*corev1.Pod, error) {
+func sameNow(ctx context.Context, kube *Kube, pod *corev1.Pod) (*corev1.Pod, error) {
 	now, err := podNow(ctx, kube, pod.Namespace, pod.Name, pod.UID)
 	if err == nil && now == nil {
 		err = ErrGone
@@ -98,8 +97,8 @@ func sameNow(ctx context.Context, kube kubernetes.Interface, pod *corev1.Pod) (*
 }
 
 // podNow is the same with nil for a pod that went.
-func podNow(ctx context.Context, kube kubernetes.Interface, namespace, name string, uid types.UID) (*corev1.Pod, error) {
-	now, err := kube.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+func podNow(ctx context.Context, kube *Kube, namespace, name string, uid types.UID) (*corev1.Pod, error) {
+	now, err := kube.Pods(namespace).Get(ctx, name, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err), err == nil && now.UID != uid:
 		return nil, nil

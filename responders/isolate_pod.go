@@ -19,7 +19,6 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"k8s.io/client-go/kubernetes"
 
 	"stoop/param"
 )
@@ -89,7 +88,7 @@ func isolatePodDefaults() isolatePodParams {
 	return isolatePodParams{Direction: "both"}
 }
 
-type podIsolator struct{ kube kubernetes.Interface }
+type podIsolator struct{ kube *Kube }
 
 // Check refuses pods that a NetworkPolicy does not reach.
 func (i *podIsolator) Check(_ context.Context, r *Request) error {
@@ -147,10 +146,10 @@ func (i *podIsolator) Act(ctx context.Context, r *Request) (Result, error) {
 		if err != nil {
 			return fail(err)
 		}
-		if _, err := i.kube.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		if _, err := i.kube.Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
 			if change == policyMade && isGone(err) {
 				// The garbage collector would find it too, where one runs.
-				_ = i.kube.NetworkingV1().NetworkPolicies(pod.Namespace).Delete(ctx, policy.Name, metav1.DeleteOptions{
+				_ = i.kube.NetworkPolicies(pod.Namespace).Delete(ctx, policy.Name, metav1.DeleteOptions{
 					Preconditions: metav1.NewUIDPreconditions(string(policy.UID)),
 				})
 			}
@@ -242,7 +241,7 @@ const (
 // ensurePolicy makes the policy, or makes ours that is there cut off at least
 // as much. look first asks whether there is one.
 func (i *podIsolator) ensurePolicy(ctx context.Context, want *networkingv1.NetworkPolicy, look bool) (*networkingv1.NetworkPolicy, policyChange, error) {
-	policies := i.kube.NetworkingV1().NetworkPolicies(want.Namespace)
+	policies := i.kube.NetworkPolicies(want.Namespace)
 	if !look {
 		made, err := policies.Create(ctx, want, metav1.CreateOptions{})
 		if err == nil {
@@ -339,7 +338,7 @@ func allowedByBoth[R any](haveTypes, wantTypes []networkingv1.PolicyType, direct
 // tellOthers names the policies that still allow what ours cuts off. That it
 // can't is no failure: the pod is isolated.
 func (i *podIsolator) tellOthers(ctx context.Context, pod *corev1.Pod, ours *networkingv1.NetworkPolicy, result *Result) {
-	list, err := i.kube.NetworkingV1().NetworkPolicies(pod.Namespace).List(ctx, metav1.ListOptions{})
+	list, err := i.kube.NetworkPolicies(pod.Namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
 		_, _, _, reason := classify(err)
 		result.Reason += "; whether other policies still allow traffic is not known: " + reason
@@ -392,7 +391,7 @@ func (i *podIsolator) Undo(ctx context.Context, u *UndoRequest) (Result, error) 
 	fail := func(err error) (Result, error) {
 		return Result{}, fmt.Errorf("let pod %s/%s back: %w", rec.Namespace, rec.Pod, err)
 	}
-	policies := i.kube.NetworkingV1().NetworkPolicies(rec.Namespace)
+	policies := i.kube.NetworkPolicies(rec.Namespace)
 	policy, err := policies.Get(ctx, rec.Policy, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
@@ -432,7 +431,7 @@ func (i *podIsolator) unlabel(ctx context.Context, rec isolation) (bool, error) 
 	if err != nil {
 		return false, err
 	}
-	_, err = i.kube.CoreV1().Pods(rec.Namespace).Patch(ctx, rec.Pod, types.MergePatchType, patch, metav1.PatchOptions{})
+	_, err = i.kube.Pods(rec.Namespace).Patch(ctx, rec.Pod, types.MergePatchType, patch, metav1.PatchOptions{})
 	if isGone(err) {
 		return false, nil
 	}

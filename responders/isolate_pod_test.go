@@ -42,7 +42,7 @@ type actor struct {
 
 func newActor(t testing.TB, responder string, edit func(*corev1.Pod)) *actor {
 	s := conformance.NewServer(t)
-	client, err := kubernetes.NewForConfig(s.Config())
+	client, err := responders.NewKube(s.Config())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation"
-	"k8s.io/client-go/kubernetes"
 
 	"stoop/param"
 )
@@ -79,7 +78,7 @@ func reserved(prefix string) bool {
 	return false
 }
 
-type podLabeller struct{ kube kubernetes.Interface }
+type podLabeller struct{ kube *Kube }
 
 // labelling is the undo record.
 type labelling struct {
@@ -182,7 +181,7 @@ func (l *podLabeller) patch(ctx context.Context, rec labelling, resourceVersion 
 	if err != nil {
 		return err
 	}
-	_, err = l.kube.CoreV1().Pods(rec.Namespace).Patch(ctx, rec.Pod, types.MergePatchType, patch, metav1.PatchOptions{})
+	_, err = l.kube.Pods(rec.Namespace).Patch(ctx, rec.Pod, types.MergePatchType, patch, metav1.PatchOptions{})
 	return err
 }
 

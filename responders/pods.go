@@ -18,7 +18,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
 
@@ -80,7 +79,7 @@ type gonePod struct {
 }
 
 // NewPods knows nothing until [Pods.Run] runs.
-func NewPods(client kubernetes.Interface, node string, log *slog.Logger) *Pods {
+func NewPods(client *Kube, node string, log *slog.Logger) *Pods {
 	p := &Pods{
 		node:    node,
 		log:     log,
@@ -97,13 +96,13 @@ func NewPods(client kubernetes.Interface, node string, log *slog.Logger) *Pods {
 	p.lw = cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			o.FieldSelector = ofNode
-			list, err := client.CoreV1().Pods(corev1.NamespaceAll).List(ctx, o)
+			list, err := client.Pods(corev1.NamespaceAll).List(ctx, o)
 			p.noteHealth(ctx, "list", err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.FieldSelector = ofNode
-			w, err := client.CoreV1().Pods(corev1.NamespaceAll).Watch(ctx, o)
+			w, err := client.Pods(corev1.NamespaceAll).Watch(ctx, o)
 			p.noteHealth(ctx, "watch", err)
 			return w, err
 		},

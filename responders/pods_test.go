@@ -49,7 +49,7 @@ func newPodWorld(t testing.TB, make func(w *podWorld)) *podWorld {
 }
 
 func runPods(t testing.TB, config *rest.Config) *responders.Pods {
-	client, err := kubernetes.NewForConfig(config)
+	client, err := responders.NewKube(config)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	"k8s.io/client-go/kubernetes"
 
 	"stoop/alert"
 	"stoop/broker"
@@ -99,7 +98,7 @@ const (
 
 // Env is what responders are built with.
 type Env struct {
-	Kube    kubernetes.Interface // nil without a cluster; the host then never calls a responder that needs one
+	Kube    *Kube // nil without a cluster; the host then never calls a responder that needs one
 	HTTP    *http.Client
 	Node    string
 	Cluster string

@@ -275,7 +275,7 @@ type rig struct {
 	counted   func() int
 	guards    responders.Guards
 	net       *network
-	kube      kubernetes.Interface
+	kube      *responders.Kube
 	pods      *responders.Pods
 	watching  context.CancelFunc
 	watched   chan struct{}
@@ -303,7 +303,7 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 	config.QPS, config.Timeout = -1, 5*time.Second
 	config.Wrap(r.net.wrap)
 	var err error
-	if r.kube, err = kubernetes.NewForConfig(config); err != nil {
+	if r.kube, err = responders.NewKube(config); err != nil {
 		t.Fatal(err)
 	}
 	r.pod = r.newPod("web-0")
@@ -317,7 +317,7 @@ func (r *rig) start() *responders.Host {
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	// The pods are watched over a client of their own, which never hangs.
-	watcher, err := kubernetes.NewForConfig(r.world.Config())
+	watcher, err := responders.NewKube(r.world.Config())
 	if err != nil {
 		t.Fatal(err)
 	}
