@@ -18,7 +18,7 @@ import (
 //
 // It is made of client-go's generic client and the API groups that are used:
 // the clientset links every group there is, which costs 10 MB of program file
-// and 6 MB of memory on each node.
+// and 9 MB of memory on each node.
 type Kube struct {
 	core, networking rest.Interface
 	params           runtime.ParameterCodec
@@ -37,8 +37,10 @@ func NewKube(c *rest.Config) (*Kube, error) {
 	}
 	c = rest.CopyConfig(c)
 	c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	c.ContentType = runtime.ContentTypeProtobuf
-	c.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	if c.ContentType == "" { // smaller and faster; the API server speaks both
+		c.ContentType = runtime.ContentTypeProtobuf
+		c.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	}
 	c.WarningHandlerWithContext = rest.NoWarnings{}
 	if c.QPS > 0 {
 		c.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(c.QPS, max(c.Burst, 1))
@@ -70,14 +72,12 @@ func NewKube(c *rest.Config) (*Kube, error) {
 // Pods are those of a namespace; "" is all of them.
 func (k *Kube) Pods(namespace string) *gentype.ClientWithList[*corev1.Pod, *corev1.PodList] {
 	return gentype.NewClientWithList("pods", k.core, k.params, namespace,
-		func() *corev1.Pod { return &corev1.Pod{} }, func() *corev1.PodList { return &corev1.PodList{} },
-		gentype.PrefersProtobuf[*corev1.Pod]())
+		func() *corev1.Pod { return &corev1.Pod{} }, func() *corev1.PodList { return &corev1.PodList{} })
 }
 
 // NetworkPolicies are those of a namespace.
 func (k *Kube) NetworkPolicies(namespace string) *gentype.ClientWithList[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList] {
 	return gentype.NewClientWithList("networkpolicies", k.networking, k.params, namespace,
 		func() *networkingv1.NetworkPolicy { return &networkingv1.NetworkPolicy{} },
-		func() *networkingv1.NetworkPolicyList { return &networkingv1.NetworkPolicyList{} },
-		gentype.PrefersProtobuf[*networkingv1.NetworkPolicy]())
+		func() *networkingv1.NetworkPolicyList { return &networkingv1.NetworkPolicyList{} })
 }
