@@ -107,6 +107,9 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 			b.Close()
 		}
 	}()
+	if err := checkMirror(cfg.Mirror); err != nil {
+		return nil, err
+	}
 	store, err := b.prepareDir()
 	if err != nil {
 		return nil, err
@@ -186,10 +189,10 @@ func (b *Broker) startServer(store string) error {
 		MaxPending:         64 << 20,
 		Users: []*server.User{
 			{Username: userStoop, Password: b.secret},
-			{Username: userLocal, Password: b.guest, Permissions: clientPermissions()},
+			{Username: userLocal, Password: b.guest, Permissions: clientPermissions(b.cfg.Mirror)},
 		},
 	}
-	if err := b.cfg.Listen.apply(opts); err != nil {
+	if err := b.cfg.Listen.apply(opts, b.cfg.Mirror); err != nil {
 		return err
 	}
 	srv, err := server.NewServer(opts)

@@ -255,10 +255,23 @@ func TestABadStoreIsAnError(t *testing.T) {
 	}
 }
 
+// Whoever was let in hears the mirror too: it is there for programs that know
+// no other subject.
 func TestMirror(t *testing.T) {
-	b := brokertest.Open(t, broker.Config{Mirror: []string{"FALCO"}})
-	sub, err := b.Conn().SubscribeSync("FALCO")
+	cert, key := certificate(t)
+	b := brokertest.Open(t, broker.Config{Mirror: []string{"FALCO"}, Listen: &broker.Listen{
+		Addr: "127.0.0.1:0", Cert: cert, Key: key, Users: []broker.User{{Name: "old", Password: "secret"}},
+	}})
+	nc, err := nats.Connect("tls://"+b.Addr().String(), nats.RootCAs(cert), nats.UserInfo("old", "secret"))
 	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	sub, err := nc.SubscribeSync("FALCO")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	a := arrival(t, 7, "Notice")
@@ -266,6 +279,19 @@ func TestMirror(t *testing.T) {
 	m, err := sub.NextMsg(5 * time.Second)
 	if err != nil || string(m.Data) != string(a.Alert.Raw) {
 		t.Errorf("mirrored %v: %v", m, err)
+	}
+}
+
+// An alert must not be mirrored to where it would be taken for something else.
+func TestMirrorOntoSubjectsThatAreTaken(t *testing.T) {
+	for _, subject := range []string{"", "a b", "a..b", ">", "alerts.*", "falco.all", "stoop.actions.delete-pod.x", "$KV.STATE.pause", "_INBOX.x"} {
+		b, err := broker.Open(t.Context(), broker.Config{Mirror: []string{subject}})
+		if err == nil {
+			b.Close()
+			t.Errorf("mirrored onto %q", subject)
+		} else if !strings.Contains(err.Error(), "broker.mirror: ") {
+			t.Errorf("%q: %v", subject, err)
+		}
 	}
 }
 

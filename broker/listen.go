@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 
 	"github.com/nats-io/nats-server/v2/server"
 )
@@ -29,15 +30,32 @@ type User struct {
 // clientPermissions is what a client is let do: hear alerts and outcomes, ask
 // stoop's API, and nothing else. It can publish on none of stoop's subjects
 // and does not reach the streams.
-func clientPermissions() *server.Permissions {
+func clientPermissions(mirror []string) *server.Permissions {
+	hear := append([]string{"falco.>", "stoop.outcomes.>", "stoop.tail", "_INBOX.>"}, mirror...)
 	return &server.Permissions{
 		Publish:   &server.SubjectPermission{Allow: []string{"stoop.api.>"}},
-		Subscribe: &server.SubjectPermission{Allow: []string{"falco.>", "stoop.outcomes.>", "stoop.tail", "_INBOX.>"}},
+		Subscribe: &server.SubjectPermission{Allow: hear},
 	}
 }
 
+// checkMirror refuses what is no subject, and the subjects that mean something
+// already: an alert that is mirrored there would be taken for a step, or stored
+// twice.
+func checkMirror(subjects []string) error {
+	for _, s := range subjects {
+		first, _, _ := strings.Cut(s, ".")
+		switch {
+		case !server.IsValidPublishSubject(s):
+			return fmt.Errorf("broker.mirror: %q is no subject that can be published on", s)
+		case first == "falco", first == "stoop", strings.HasPrefix(first, "$"), strings.HasPrefix(first, "_"):
+			return fmt.Errorf("broker.mirror: subjects under %s are taken; name another than %q, such as FALCO", first, s)
+		}
+	}
+	return nil
+}
+
 // apply sets the server's options. A nil Listen leaves it deaf.
-func (l *Listen) apply(o *server.Options) error {
+func (l *Listen) apply(o *server.Options, mirror []string) error {
 	if l == nil || l.Addr == "" {
 		return nil
 	}
@@ -83,19 +101,19 @@ func (l *Listen) apply(o *server.Options) error {
 	for _, u := range l.Users {
 		switch {
 		case u.NKey != "":
-			o.Nkeys = append(o.Nkeys, &server.NkeyUser{Nkey: u.NKey, Permissions: clientPermissions()})
+			o.Nkeys = append(o.Nkeys, &server.NkeyUser{Nkey: u.NKey, Permissions: clientPermissions(mirror)})
 		case u.Name == userStoop || u.Name == userLocal || u.Name == userGuest:
 			return fmt.Errorf("broker.users: the name %q is stoop's own", u.Name)
 		case u.Name == "" || u.Password == "":
 			return fmt.Errorf("broker.users: user %q has neither a password nor an nkey", u.Name)
 		default:
-			o.Users = append(o.Users, &server.User{Username: u.Name, Password: u.Password, Permissions: clientPermissions()})
+			o.Users = append(o.Users, &server.User{Username: u.Name, Password: u.Password, Permissions: clientPermissions(mirror)})
 		}
 	}
 	if len(l.Users) == 0 {
 		// Loopback, or a client certificate: who gets this far is let in as a
 		// client, without a name.
-		o.Users = append(o.Users, &server.User{Username: userGuest, Permissions: clientPermissions()})
+		o.Users = append(o.Users, &server.User{Username: userGuest, Permissions: clientPermissions(mirror)})
 		o.NoAuthUser = userGuest
 	}
 	return nil
