@@ -30,13 +30,11 @@ done
 tail=$!
 sleep 0.5
 
-# The alerts are the project's own. Their times are now: an old alert is never
-# acted on.
-now=$(date -u +%Y-%m-%dT%H:%M:%S)
-n=0
+# The alerts are the project's own. Their times are set to now: an old alert is
+# never acted on. They come one by one, so that each is seen with what it causes.
 while IFS= read -r line; do
-	n=$((n + 1))
-	printf '%s\n' "${line//@time@/$now.$(printf '%09d' "$n")Z}" >"$dir/falco.pipe"
+	sed "s/\"time\":.*/\"time\":\"$(date -u +%FT%TZ)\"}/" <<<"$line" >"$dir/falco.pipe"
+	sleep 0.1
 done <examples/alerts.jsonl
 
 for _ in $(seq 100); do
