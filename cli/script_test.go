@@ -3,8 +3,11 @@ package cli
 import (
 	"bytes"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +26,8 @@ func TestMain(m *testing.M) {
 //
 //	await COMMAND...        runs it until it succeeds, for at most 20 s
 //	await-text FILE TEXT    waits until the file holds the text
+//	await-http URL REGEXP   waits until the answer matches
+//	no-text URL TEXT        fails if the answer holds the text
 //	exits CODE COMMAND...   runs it and wants this exit code
 //	alerts FILE...          replaces @now@ and @work@ in the files
 //	lines N FILE            fails unless the file has N lines
@@ -48,7 +53,9 @@ func TestScripts(t *testing.T) {
 			"await-text": awaitText,
 			"exits":      exits,
 			"alerts":     alerts,
+			"await-http": awaitHTTP,
 			"lines":      lines,
+			"no-text":    noText,
 		},
 	})
 }
@@ -102,6 +109,38 @@ func awaitText(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 	ts.Fatalf("%s does not hold %q within %s: %s", args[0], args[1], patience, data)
+}
+
+func awaitHTTP(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: await-http URL REGEXP")
+	}
+	want := regexp.MustCompile(args[1])
+	var body []byte
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		resp, err := http.Get(args[0])
+		if err != nil {
+			body = []byte(err.Error())
+			continue
+		}
+		body, _ = io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if want.Match(body) {
+			return
+		}
+	}
+	ts.Fatalf("%s does not answer %s within %s: %s", args[0], args[1], patience, body)
+}
+
+func noText(ts *testscript.TestScript, _ bool, args []string) {
+	resp, err := http.Get(args[0])
+	ts.Check(err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	ts.Check(err)
+	if len(body) == 0 || bytes.Contains(body, []byte(args[1])) {
+		ts.Fatalf("%s answers nothing, or holds %q", args[0], args[1])
+	}
 }
 
 func exits(ts *testscript.TestScript, _ bool, args []string) {
