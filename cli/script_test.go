@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -29,13 +30,21 @@ func TestMain(m *testing.M) {
 //	await-http URL REGEXP   waits until the answer matches
 //	no-text URL TEXT        fails if the answer holds the text
 //	exits CODE COMMAND...   runs it and wants this exit code
-//	alerts FILE...          replaces @now@ and @work@ in the files
+//	alerts FILE...          replaces @now@, @work@ and @addr@ (also $ADDR: a free port) in the files
 //	lines N FILE            fails unless the file has N lines
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
+		// A script that hangs (on a FIFO that nobody reads) is ended, and says
+		// where, long before the test is.
+		Deadline: time.Now().Add(3 * time.Minute),
 		Setup: func(e *testscript.Env) error {
+			addr, err := freeAddr()
+			if err != nil {
+				return err
+			}
+			e.Setenv("ADDR", addr)
 			e.Defer(func() { _ = exec.Command("umount", "-l", e.Getenv("WORK")+"/disk").Run() })
 			e.Setenv("NODE_NAME", "node-1")
 			e.Setenv("COLUMNS", "80")
@@ -61,6 +70,16 @@ func TestScripts(t *testing.T) {
 }
 
 const patience = 20 * time.Second
+
+// freeAddr is an address on loopback that nobody listens on: the tests may run
+// more than once at a time on one machine.
+func freeAddr() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return ln.Addr().String(), ln.Close()
+}
 
 func command(ts *testscript.TestScript, args []string) *exec.Cmd {
 	cmd := exec.Command(args[0], args[1:]...)
@@ -158,7 +177,7 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 func alerts(ts *testscript.TestScript, _ bool, args []string) {
 	for _, f := range args {
 		now := time.Now().UTC().Format("2006-01-02T15:04:05.000000000Z")
-		text := strings.NewReplacer("@now@", now, "@work@", ts.Getenv("WORK")).Replace(ts.ReadFile(f))
+		text := strings.NewReplacer("@now@", now, "@work@", ts.Getenv("WORK"), "@addr@", ts.Getenv("ADDR")).Replace(ts.ReadFile(f))
 		ts.Check(os.WriteFile(ts.MkAbs(f), []byte(text), 0o600))
 	}
 }
