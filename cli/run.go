@@ -31,8 +31,9 @@ import (
 	"stoop/web"
 )
 
-// stopTimeout bounds an orderly stop.
-const stopTimeout = 10 * time.Second
+// stopTimeout is how long an orderly stop waits for the store to take what was
+// read; the steps under way then have five seconds more.
+const stopTimeout = 4 * time.Second
 
 // leaveAfter is how long a run whose input has ended waits for steps that are
 // tried again and again; with a data folder they go on at the next start.
@@ -258,7 +259,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	stopReading(nil)
 	<-ended
-	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout-2*time.Second)
+	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	closeErr := intake.Close(stopping)
 	stopEngine()

@@ -81,6 +81,7 @@ type Host struct {
 	undos      *undos
 	pause      atomic.Pointer[Pause]
 	enforced   atomic.Pointer[enforced]
+	underway   sync.Map // the ids of the steps being handled
 }
 
 // running is a responder at work.
@@ -188,6 +189,12 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		h.acknowledge(d)
 		return
 	}
+	if _, twice := h.underway.LoadOrStore(s.ID, struct{}{}); twice {
+		// It was given again although it is being done: that one will end it.
+		h.retry(d, retryFirst)
+		return
+	}
+	defer h.underway.Delete(s.ID)
 	if rec := h.ledger.get(s.ID); rec != nil && rec.Status != "" {
 		// An earlier process did it and was killed before it could say so.
 		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)

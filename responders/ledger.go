@@ -44,7 +44,7 @@ const (
 	actKept = 45 * time.Minute
 	// actsMax bounds the records in memory. Only with every limit off can
 	// there be so many; the oldest are forgotten then.
-	actsMax = 200_000
+	actsMax = 100_000
 )
 
 // ledger keeps the records of harmful steps in memory and in STATE.
