@@ -206,7 +206,7 @@ func defaults() Config {
 		Kubernetes: Kubernetes{QPS: 10, Burst: 50},
 		Guard: Guard{
 			Protect: Protect{
-				Namespaces:      []string{"kube-system", "kube-node-lease", "kube-public"},
+				Namespaces:      []string{"kube-system", "kube-node-lease", "kube-public", "falco"},
 				PriorityClasses: []string{"system-*"},
 			},
 			Cooldown: param.Duration(5 * minute),
