@@ -198,6 +198,8 @@ func Dial(dir string) (*Client, error) {
 	}
 	_ = c.SetReadDeadline(time.Time{})
 	nc, err := nats.Connect("nats://stoop", nats.SetCustomDialer(onceDialer{&bufferedConn{c, r}}),
+		// The host's name is nobody's: without this it would be asked of DNS.
+		nats.SkipHostLookup(),
 		nats.UserInfo(h.User, h.Password), nats.NoReconnect(), nats.Timeout(5*time.Second))
 	if err != nil {
 		c.Close()
