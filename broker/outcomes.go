@@ -15,7 +15,12 @@ func (b *Broker) Outcomes(ctx context.Context, since time.Time, each func(Outcom
 	if err != nil {
 		return fmt.Errorf("read the outcomes: %w", err)
 	}
-	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverAllPolicy}
+	cfg := jetstream.OrderedConsumerConfig{
+		DeliverPolicy: jetstream.DeliverAllPolicy,
+		// Nobody deletes the consumer of a command that has ended, and there
+		// may be a thousand of them at most.
+		InactiveThreshold: 5 * time.Second,
+	}
 	if !since.IsZero() {
 		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &since
 	}
