@@ -37,30 +37,32 @@ const (
 	// maxLag bounds the alerts of a lane that are stored and not yet routed.
 	// When it is reached, Store waits, and the pipe sheds what is least
 	// urgent: so the streams never discard an alert that nobody has read.
-	maxLag      = 20_000
-	maxLagBytes = 32 << 20
+	maxLag = 20_000
+	// perAlert is about what a stored alert takes besides its bytes.
+	perAlert = 300
 )
 
 // lane is one of the two streams of alerts, and how far the router is behind.
 type lane struct {
 	name   string
+	most   int64 // bytes that may wait: half of what the stream holds
 	alerts atomic.Int64
 	bytes  atomic.Int64
 	moved  chan struct{} // a token when the router has caught up with some
 }
 
 func (l *lane) full() bool {
-	return l.alerts.Load() >= maxLag || l.bytes.Load() >= maxLagBytes
+	return l.alerts.Load() >= maxLag || l.bytes.Load() >= l.most
 }
 
 func (l *lane) stored(bytes int) {
 	l.alerts.Add(1)
-	l.bytes.Add(int64(bytes))
+	l.bytes.Add(int64(bytes) + perAlert)
 }
 
 func (l *lane) routed(bytes int) {
 	l.alerts.Add(-1)
-	l.bytes.Add(-int64(bytes))
+	l.bytes.Add(-int64(bytes) - perAlert)
 	select {
 	case l.moved <- struct{}{}:
 	default:
@@ -158,7 +160,7 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 		if a := batch[i].Alert; a != nil {
 			b.underway.put(a)
 		}
-		ack, err := b.js.PublishMsgAsync(m)
+		ack, err := b.publishAsync(ctx, b.js, m)
 		if err != nil {
 			b.underway.take(m.Header.Get(HeaderID))
 			stop = err
@@ -182,6 +184,14 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 			continue
 		}
 		var err error
+		select { // what is stored is stored, also when ctx has ended
+		case <-p.ack.Ok():
+			if stored == i {
+				stored++
+			}
+			continue
+		default:
+		}
 		select {
 		case <-p.ack.Ok():
 			if stored == i {
@@ -243,12 +253,12 @@ func (b *Broker) lastStored(ctx context.Context) (map[string]struct{}, error) {
 			start = st.LastSeq - seenMax + 1
 		}
 		c, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
-			DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: start, HeadersOnly: true,
+			DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: start, HeadersOnly: true, InactiveThreshold: readerGone,
 		})
 		if err != nil {
 			return nil, err
 		}
-		err = drain(ctx, c, func(m jetstream.Msg) error {
+		err = b.drain(ctx, c, func(m jetstream.Msg) error {
 			if id := m.Headers().Get(HeaderID); id != "" {
 				seen[id] = struct{}{}
 			}
@@ -261,8 +271,11 @@ func (b *Broker) lastStored(ctx context.Context) (map[string]struct{}, error) {
 	return seen, nil
 }
 
+// readerGone is when the server forgets a reader that has gone without a word.
+const readerGone = 10 * time.Second
+
 // drain hands over what a consumer has to give now, and returns at its end.
-func drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) error) error {
+func (b *Broker) drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) error) error {
 	info, err := c.Info(ctx)
 	if err != nil {
 		return err
@@ -270,6 +283,12 @@ func drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) e
 	if info.NumPending == 0 {
 		return nil
 	}
+	// It was made for this, and is not needed any more.
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishTimeout)
+		defer cancel()
+		_ = b.js.DeleteConsumer(ctx, info.Stream, c.CachedInfo().Name)
+	}()
 	it, err := c.Messages(jetstream.StopAfter(int(info.NumPending)))
 	if err != nil {
 		return err
@@ -326,7 +345,7 @@ func (b *Broker) UnroutedAlerts(ctx context.Context) ([]Arrival, error) {
 
 // since reads a stream from a sequence on.
 func (b *Broker) since(ctx context.Context, stream, filter string, seq uint64, each func(jetstream.Msg) error) error {
-	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(seq, 1)}
+	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(seq, 1), InactiveThreshold: readerGone}
 	if filter != "" {
 		cfg.FilterSubjects = []string{filter}
 	}
@@ -334,7 +353,7 @@ func (b *Broker) since(ctx context.Context, stream, filter string, seq uint64, e
 	if err != nil {
 		return err
 	}
-	return drain(ctx, c, each)
+	return b.drain(ctx, c, each)
 }
 
 // Stored is an alert as it comes out of the stream.
@@ -372,8 +391,8 @@ var routerConsumer = jetstream.ConsumerConfig{
 
 // openLane makes the lane's consumer where it is missing, and counts what an
 // earlier process left to be routed.
-func (b *Broker) openLane(ctx context.Context, stream string) (*lane, error) {
-	l := &lane{name: stream, moved: make(chan struct{}, 1)}
+func (b *Broker) openLane(ctx context.Context, stream string, size int64) (*lane, error) {
+	l := &lane{name: stream, most: size / 2, moved: make(chan struct{}, 1)}
 	c, err := b.js.Consumer(ctx, stream, routerConsumer.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		// A new consumer would be given the whole history, and stoop would
@@ -418,13 +437,24 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 	if err != nil {
 		return err
 	}
+	// Steps are published apart from the alerts, so that neither waits for the
+	// other's acknowledgements.
+	steps, err := b.Connect("steps of " + l.name)
+	if err != nil {
+		return err
+	}
+	defer steps.Close()
+	publish, err := jetstream.New(steps, jetstream.WithPublishAsyncMaxPending(4096), jetstream.WithPublishAsyncTimeout(publishTimeout))
+	if err != nil {
+		return err
+	}
 	c, err := b.consumer(ctx, js, l.name, routerConsumer)
 	if err != nil {
 		return err
 	}
 	// A pull that got lost is made anew by itself: an error for it would end
 	// the program.
-	it, err := c.Messages(jetstream.PullMaxMessages(2000), jetstream.PullExpiry(pullExpiry),
+	it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(2000, 8<<20), jetstream.PullExpiry(pullExpiry),
 		jetstream.WithMessagesErrOnMissingHeartbeat(false))
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", l.name, err)
@@ -437,12 +467,14 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 	}
 	window := make(chan routing, routeWindow)
 	done := make(chan error, 1)
+	stopped := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() { // waits for the steps' acknowledgements, in order
 		tick := time.NewTicker(ackEvery)
 		defer tick.Stop()
 		var last jetstream.Msg
+		var counted uint64
 		flush := func() {
 			if last != nil {
 				if err := last.Ack(); err != nil {
@@ -467,7 +499,11 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 					}
 				}
 				last = r.msg
-				l.routed(len(r.msg.Data()))
+				// One that was given twice is counted once.
+				if meta, err := r.msg.Metadata(); err == nil && meta.Sequence.Stream > counted {
+					counted = meta.Sequence.Stream
+					l.routed(len(r.msg.Data()))
+				}
 			case <-tick.C:
 				flush()
 			}
@@ -478,7 +514,7 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 		if err != nil {
 			close(window)
 			werr := <-done
-			if ctx.Err() != nil && werr == nil && context.Cause(ctx) == context.Canceled {
+			if stopped.Err() != nil {
 				return nil
 			}
 			return errors.Join(err, werr)
@@ -487,7 +523,7 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 		if s := newStored(m); s != nil {
 			s.Alert = b.underway.take(s.ID)
 			for _, step := range match(s) {
-				r.acks = append(r.acks, b.publishStepAsync(step, urgent))
+				r.acks = append(r.acks, b.publishStepAsync(ctx, publish, step, urgent))
 			}
 		}
 		select {
@@ -502,8 +538,9 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 // once: the process is gone, there is nothing to wait for.
 func (b *Broker) consumer(ctx context.Context, js jetstream.JetStream, stream string, cfg jetstream.ConsumerConfig) (jetstream.Consumer, error) {
 	if c, err := js.Consumer(ctx, stream, cfg.Durable); err == nil {
-		cfg.DeliverPolicy = c.CachedInfo().Config.DeliverPolicy // can't be changed
-		if c.CachedInfo().NumAckPending == 0 {
+		was := c.CachedInfo()
+		cfg.DeliverPolicy = was.Config.DeliverPolicy // can't be changed
+		if was.NumAckPending == 0 && was.Config.AckWait == cfg.AckWait {
 			return c, nil
 		}
 		hurry := cfg

@@ -90,6 +90,36 @@ type Broker struct {
 	closed   sync.Once
 }
 
+// Lock takes the data folder for this process, for as long as it lives, and
+// makes it if it is missing. The broker's own lock is another: it goes with each
+// broker.
+func Lock(dir string) (release func(), err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("data folder (set data, or --data): %w", err)
+	}
+	f, err := flock(filepath.Join(dir, "run.lock"))
+	if err != nil {
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// flock locks a file that it makes if it is missing.
+func flock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the data folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s: %w", filepath.Dir(path), ErrLocked)
+		}
+		return nil, fmt.Errorf("lock the data folder %s: %w", filepath.Dir(path), err)
+	}
+	return f, nil
+}
+
 // ErrLocked says that another process works on the data folder.
 var ErrLocked = errors.New("another stoop is running on this data folder")
 
@@ -145,16 +175,9 @@ func (b *Broker) prepareDir() (string, error) {
 	if err := os.MkdirAll(b.cfg.Dir, 0o700); err != nil {
 		return "", fmt.Errorf("data folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(b.cfg.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return "", fmt.Errorf("lock the data folder: %w", err)
-	}
-	b.lock = f
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return "", fmt.Errorf("%s: %w", b.cfg.Dir, ErrLocked)
-		}
-		return "", fmt.Errorf("lock the data folder %s: %w", b.cfg.Dir, err)
+	var err error
+	if b.lock, err = flock(filepath.Join(b.cfg.Dir, "lock")); err != nil {
+		return "", err
 	}
 	// Both folders are made while there is room: the one for memory is needed
 	// when there is none.
@@ -186,9 +209,13 @@ func (b *Broker) startServer(store string) error {
 		SyncInterval:       b.cfg.Sync,
 		SyncAlways:         b.cfg.SyncAlways,
 		MaxPayload:         maxPayload,
-		MaxPending:         64 << 20,
+		MaxPending:         16 << 20,
 		Users: []*server.User{
 			{Username: userStoop, Password: b.secret},
+			{Username: userAPI, Password: b.secret, Permissions: &server.Permissions{
+				Publish:   &server.SubjectPermission{Allow: []string{"_INBOX.>"}},
+				Subscribe: &server.SubjectPermission{Allow: []string{"stoop.api.>"}},
+			}},
 			{Username: userLocal, Password: b.guest, Permissions: clientPermissions(b.cfg.Mirror)},
 		},
 	}
@@ -216,13 +243,20 @@ func (b *Broker) startServer(store string) error {
 const (
 	userStoop = "stoop" // this process: may do everything
 	userLocal = "local" // a client on the local socket
+	userAPI   = "api"   // what answers clients: it may say nothing but to them
 )
 
 // Connect opens a connection of this process's own to the server. Consumers
 // each have one, so that none waits behind another's messages.
-func (b *Broker) Connect(name string) (*nats.Conn, error) {
+func (b *Broker) Connect(name string) (*nats.Conn, error) { return b.connect(name, userStoop) }
+
+// ConnectAPI opens the connection that requests are answered on. Where an answer
+// goes is the asker's to say, so this connection reaches no subject of stoop's.
+func (b *Broker) ConnectAPI() (*nats.Conn, error) { return b.connect("api", userAPI) }
+
+func (b *Broker) connect(name, user string) (*nats.Conn, error) {
 	nc, err := nats.Connect("", nats.InProcessServer(b.srv), nats.Name(name),
-		nats.UserInfo(userStoop, b.secret),
+		nats.UserInfo(user, b.secret),
 		// Clients may read _INBOX.>; what the process asks itself is not theirs.
 		nats.CustomInboxPrefix("_STOOP."+rand.Text()),
 		nats.MaxReconnects(-1), nats.ReconnectWait(10*time.Millisecond),
@@ -280,9 +314,38 @@ func (b *Broker) Err() error {
 
 // bound bounds a write: by its time, and by the store's health.
 func (b *Broker) bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, publishTimeout, errNoAnswer)
 	stop := context.AfterFunc(b.sound, cancel)
 	return ctx, func() { stop(); cancel() }
+}
+
+// errNoAnswer is why a write that bound has ended was not acknowledged: a store
+// that takes so long is out of order.
+var errNoAnswer = fmt.Errorf("the store did not answer within %s", publishTimeout)
+
+// judge makes the store count as failed if the error of a write shows it to be.
+// ctx is what bound returned.
+func (b *Broker) judge(ctx context.Context, err error) {
+	if IsStoreFault(err) || errors.Is(context.Cause(ctx), errNoAnswer) {
+		b.fail(err)
+	}
+}
+
+// publishAsync publishes without waiting for the acknowledgement. When too many
+// are under way it waits for its turn, as long as the store is sound.
+func (b *Broker) publishAsync(ctx context.Context, js jetstream.JetStream, m *nats.Msg) (jetstream.PubAckFuture, error) {
+	for {
+		ack, err := js.PublishMsgAsync(m)
+		if !errors.Is(err, jetstream.ErrTooManyStalledMsgs) {
+			return ack, err
+		}
+		if err := b.Err(); err != nil {
+			return nil, err
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
 }
 
 // serverLog writes the server's log lines into slog, and keeps what the server
@@ -318,6 +381,17 @@ func (l *serverLog) Warnf(f string, v ...any) {
 	}
 }
 
-func (l *serverLog) Errorf(f string, v ...any) { l.log.Error(fmt.Sprintf(f, v...)) }
+// Errorf also hears of a full disk: the server answers no publish any more then,
+// and to wait for that would cost seconds.
+func (l *serverLog) Errorf(f string, v ...any) {
+	line := fmt.Sprintf(f, v...)
+	for _, fault := range []error{unix.ENOSPC, unix.EDQUOT, unix.EIO} {
+		if strings.Contains(line, fault.Error()) {
+			l.full(errors.New(line))
+		}
+	}
+	l.log.Error(line)
+}
+
 func (l *serverLog) Debugf(f string, v ...any) { l.log.Debug(fmt.Sprintf(f, v...)) }
 func (l *serverLog) Tracef(f string, v ...any) {}

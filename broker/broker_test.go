@@ -437,6 +437,27 @@ func TestAHostileClient(t *testing.T) {
 		t.Errorf("the api for the client: %v", err)
 	}
 
+	// Answers go where the asker says: nothing of stoop's is to be reached so.
+	api, err := b.ConnectAPI()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer api.Close()
+	if _, err := api.Subscribe("stoop.api.watch", func(m *nats.Msg) { _ = m.Respond([]byte(`{"paused":true}`)) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := api.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for _, reply := range []string{"$KV.STATE.pause", "$JS.API.STREAM.DELETE.ACTIONS", "stoop.outcomes.delete-pod", "falco.critical.forged"} {
+		if err := nc.PublishRequest("stoop.api.watch", reply, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if m, err := nc.Request("stoop.api.watch", nil, 5*time.Second); err != nil || len(m.Data) == 0 {
+		t.Errorf("an honest request: %v", err)
+	}
+
 	forbidden := []string{
 		"falco.critical.forged", "falco.unparsed", "stoop.actions.delete-pod.x", "stoop.outcomes.delete-pod", "stoop.tail", "$KV.STATE.pause",
 		"$JS.API.STREAM.DELETE.ALERTS", "$JS.API.STREAM.PURGE.ACTIONS", "$JS.API.INFO", "$JS.ACK.x", "$SYS.REQ.SERVER.PING",

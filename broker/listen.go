@@ -97,12 +97,12 @@ func (l *Listen) apply(o *server.Options, mirror []string) error {
 	}
 	o.TLS, o.TLSTimeout = true, 5
 	o.DontListen = false
-	o.MaxConn = 256
+	o.MaxConn = 64
 	for _, u := range l.Users {
 		switch {
 		case u.NKey != "":
 			o.Nkeys = append(o.Nkeys, &server.NkeyUser{Nkey: u.NKey, Permissions: clientPermissions(mirror)})
-		case u.Name == userStoop || u.Name == userLocal || u.Name == userGuest:
+		case u.Name == userStoop || u.Name == userLocal || u.Name == userAPI || u.Name == userGuest:
 			return fmt.Errorf("broker.users: the name %q is stoop's own", u.Name)
 		case u.Name == "" || u.Password == "":
 			return fmt.Errorf("broker.users: user %q has neither a password nor an nkey", u.Name)
@@ -112,8 +112,13 @@ func (l *Listen) apply(o *server.Options, mirror []string) error {
 	}
 	if len(l.Users) == 0 {
 		// Loopback, or a client certificate: who gets this far is let in as a
-		// client, without a name.
-		o.Users = append(o.Users, &server.User{Username: userGuest, Permissions: clientPermissions(mirror)})
+		// client without a name. Without a certificate that is everybody on the
+		// machine, who may look and not touch.
+		guest := clientPermissions(mirror)
+		if l.CA == "" {
+			guest.Publish.Allow = []string{"stoop.api.history", "stoop.api.watch"}
+		}
+		o.Users = append(o.Users, &server.User{Username: userGuest, Permissions: guest})
 		o.NoAuthUser = userGuest
 	}
 	return nil

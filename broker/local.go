@@ -49,7 +49,8 @@ type Local struct {
 const maxLocal = 64
 
 // ListenLocal opens the socket. One that a killed process left behind is
-// replaced: the lock on the data folder says that nobody serves it.
+// replaced: whoever holds the data folder's lock ([Lock]) knows that nobody serves
+// it.
 func ListenLocal(dir string) (*Local, error) {
 	path := filepath.Join(dir, SocketName)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"encoding/json"
+	"slices"
 	"time"
 
 	"stoop/alert"
@@ -83,6 +84,21 @@ type Step struct {
 	Found     []Finding    `json:"found,omitempty"`     // by the steps before
 	Remaining []Action     `json:"remaining,omitempty"` // after this one
 	Took      Took         `json:"took"`
+}
+
+// Next is the step after s in its chain, nil if s is the last one. found is what
+// s leaves to it, if anything.
+func (s *Step) Next(found ...Finding) *Step {
+	if len(s.Remaining) == 0 {
+		return nil
+	}
+	n := *s
+	n.Position++
+	n.ID = StepID(s.AlertID, s.Rule, n.Position, "")
+	n.Action, n.Remaining = s.Remaining[0], s.Remaining[1:]
+	n.Found = append(slices.Clone(s.Found), found...)
+	n.Took = Took{Stored: s.Took.Stored, Matched: s.Took.Matched}
+	return &n
 }
 
 // Finding is what an earlier step of a chain leaves to the later ones.

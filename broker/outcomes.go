@@ -15,12 +15,7 @@ func (b *Broker) Outcomes(ctx context.Context, since time.Time, each func(Outcom
 	if err != nil {
 		return fmt.Errorf("read the outcomes: %w", err)
 	}
-	cfg := jetstream.OrderedConsumerConfig{
-		DeliverPolicy: jetstream.DeliverAllPolicy,
-		// Nobody deletes the consumer of a command that has ended, and there
-		// may be a thousand of them at most.
-		InactiveThreshold: 5 * time.Second,
-	}
+	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverAllPolicy, InactiveThreshold: readerGone}
 	if !since.IsZero() {
 		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &since
 	}
@@ -28,7 +23,7 @@ func (b *Broker) Outcomes(ctx context.Context, since time.Time, each func(Outcom
 	if err != nil {
 		return fmt.Errorf("read the outcomes: %w", err)
 	}
-	return drain(ctx, c, func(m jetstream.Msg) error {
+	return b.drain(ctx, c, func(m jetstream.Msg) error {
 		var o Outcome
 		if err := json.Unmarshal(m.Data(), &o); err != nil {
 			return fmt.Errorf("read an outcome: %w", err)

@@ -36,9 +36,7 @@ func (s *State) put(ctx context.Context, key string, data []byte, ttl time.Durat
 	}
 	// The key-value client has no Put with a ttl; this is what its Put does.
 	if _, err := s.b.js.Publish(ctx, "$KV."+BucketState+"."+key, data, opts...); err != nil {
-		if IsStoreFault(err) {
-			s.b.fail(err)
-		}
+		s.b.judge(ctx, err)
 		return fmt.Errorf("store state %s: %w", key, err)
 	}
 	return nil

@@ -106,41 +106,60 @@ func (b *Broker) release(responder string, size int) {
 type stepAck struct {
 	step *Step
 	size int
-	ack  jetstream.PubAckFuture // nil: given up
+	ack  jetstream.PubAckFuture // nil: err, or given up
+	err  error
 }
 
-func (b *Broker) publishStepAsync(s *Step, urgent bool) stepAck {
-	m, err := b.stepMsg(s)
-	if err == nil {
-		err = b.admit(s, len(m.Data), urgent)
+// publishStepAsync publishes a step; or, when too many wait for its responder,
+// the one after it: what can't be told must not keep a pod from being deleted.
+func (b *Broker) publishStepAsync(ctx context.Context, js jetstream.JetStream, s *Step, urgent bool) stepAck {
+	for s != nil {
+		m, err := b.stepMsg(s)
+		if err == nil {
+			err = b.admit(s, len(m.Data), urgent)
+		}
+		if err != nil {
+			s = b.giveUp(s, err)
+			continue
+		}
+		failpoint.Hit("router.before-publish")
+		a := stepAck{step: s, size: len(m.Data)}
+		if a.ack, err = b.publishAsync(ctx, js, m); err != nil {
+			b.release(s.Responder, a.size)
+			a.ack, a.err = nil, err
+		}
+		return a
 	}
-	if err != nil {
-		b.giveUp(s, err)
-		return stepAck{step: s}
-	}
-	failpoint.Hit("router.before-publish")
-	a := stepAck{step: s, size: len(m.Data)}
-	if a.ack, err = b.js.PublishMsgAsync(m); err != nil {
-		b.log.Warn("publish a step", "step", s.ID, "responder", s.Responder, "error", err)
-		a.ack = nil
-		b.release(s.Responder, a.size)
-		b.giveUp(s, err)
-	}
-	return a
+	return stepAck{}
 }
 
 // giveUp records a step that was never stored. It is told in full, as an
 // outcome: nothing that a rule asked for ends in silence.
-func (b *Broker) giveUp(s *Step, err error) {
-	o := s.Outcome(Failed, err.Error())
-	if perr := b.PublishOutcome(o); perr != nil {
-		b.log.Error("a step was given up, and its outcome could not be stored", "step", s.ID, "responder", s.Responder, "rule", s.Rule, "error", err)
+// It returns the step that the chain goes on with, if it does.
+func (b *Broker) giveUp(s *Step, err error) *Step {
+	b.tell(s.Outcome(Failed, err.Error()))
+	if s.OnFailure != Stop {
+		return s.Next(Finding{Responder: s.Responder, Status: Failed, Reason: err.Error()})
+	}
+	why := s.Responder + " before it failed, and its onFailure is stop"
+	for s = s.Next(); s != nil; s = s.Next() {
+		b.tell(s.Outcome(Suppressed, why))
+	}
+	return nil
+}
+
+func (b *Broker) tell(o Outcome) {
+	if err := b.PublishOutcome(o); err != nil {
+		b.log.Error("a step was given up, and its outcome could not be stored", "step", o.ID, "responder", o.Responder, "rule", o.Rule, "reason", o.Reason, "error", err)
 	}
 }
 
 // stepStored waits until a step is in ACTIONS. That it was there already is
 // the mark of an earlier run, and fine.
 func (b *Broker) stepStored(ctx context.Context, a stepAck) error {
+	if a.err != nil {
+		return a.err
+	}
 	if a.ack == nil {
 		return nil
 	}
@@ -161,9 +180,15 @@ func (b *Broker) stepStored(ctx context.Context, a stepAck) error {
 		return nil
 	case isFull(err):
 		b.trim(ctx)
-		stored, err := b.PublishStep(ctx, a.step)
-		if err != nil || !stored {
-			b.giveUp(a.step, err)
+		for s := a.step; s != nil; {
+			_, err := b.PublishStep(ctx, s)
+			if err == nil {
+				return nil
+			}
+			if b.Err() != nil || ctx.Err() != nil {
+				return err
+			}
+			s = b.giveUp(s, err)
 		}
 		return nil
 	}
@@ -189,9 +214,7 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	if isDuplicate(err) {
 		return false, nil
 	}
-	if IsStoreFault(err) {
-		b.fail(err)
-	}
+	b.judge(ctx, err)
 	return false, fmt.Errorf("store step %s for %s: %w", s.ID, s.Responder, err)
 }
 
@@ -201,7 +224,7 @@ func (b *Broker) PublishOutcome(o Outcome) error {
 	if err != nil {
 		return fmt.Errorf("outcome of step %s: %w", o.ID, err)
 	}
-	ack, err := b.js.PublishMsgAsync(&nats.Msg{Subject: OutcomeSubject(o.Responder), Data: data})
+	ack, err := b.publishAsync(b.sound, b.js, &nats.Msg{Subject: OutcomeSubject(o.Responder), Data: data})
 	if err != nil {
 		return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
 	}
@@ -212,7 +235,7 @@ func (b *Broker) PublishOutcome(o Outcome) error {
 	case <-b.Failed():
 		err = b.Err()
 	}
-	if IsStoreFault(err) {
+	if IsStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
 		b.fail(err)
 	}
 	return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
@@ -323,6 +346,7 @@ func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency
 		if err := json.Unmarshal(m.Data(), step); err != nil {
 			b.log.Error("a stored step can't be read, and is left out", "responder", responder, "error", err)
 			_ = m.Term()
+			b.release(responder, len(m.Data()))
 			<-slots
 			continue
 		}
@@ -399,15 +423,30 @@ func (h *held) keep(ctx context.Context) {
 func (b *Broker) TrimLoop(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
+	var lastSeq uint64
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		if s, err := b.js.Stream(ctx, StreamActions); err == nil && s.CachedInfo().State.Bytes > trimAbove {
+		s, err := b.js.Stream(ctx, StreamActions)
+		if err != nil {
+			continue
+		}
+		if s.CachedInfo().State.Bytes > trimAbove {
 			b.trim(ctx)
 		}
+		// Steps that outlived actionsAge were never released: where nothing
+		// waits, nothing is counted.
+		list := s.ListConsumers(ctx)
+		for c := range list.Info() {
+			if q := b.queues.get(c.Name); c.NumPending == 0 && c.NumAckPending == 0 && s.CachedInfo().State.LastSeq == lastSeq {
+				q.steps.Store(0)
+				q.bytes.Store(0)
+			}
+		}
+		lastSeq = s.CachedInfo().State.LastSeq
 	}
 }
 

@@ -84,8 +84,8 @@ func (b *Broker) createStreams(ctx context.Context) error {
 		return fmt.Errorf("bucket %s: %w", BucketState, err)
 	}
 	b.state = &State{b: b, kv: kv}
-	for i, name := range []string{StreamUrgent, StreamAlerts} {
-		if b.lanes[i], err = b.openLane(ctx, name); err != nil {
+	for i := range b.lanes {
+		if b.lanes[i], err = b.openLane(ctx, streams[i].Name, streams[i].MaxBytes); err != nil {
 			return err
 		}
 	}

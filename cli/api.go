@@ -69,15 +69,20 @@ type answer func(ctx context.Context, m *nats.Msg, actor string) (any, error)
 // being answered.
 func serveAPI(ctx context.Context, e *engine, b *broker.Broker, h *responders.Host) (stop func(), err error) {
 	a := &api{engine: e, broker: b, host: h, intake: e.store}
-	nc, err := b.Connect("api")
+	nc, err := b.ConnectAPI()
 	if err != nil {
 		return nil, err
 	}
 	var running sync.WaitGroup
-	slots := make(chan struct{}, apiMost)
+	slots, stops := make(chan struct{}, apiMost), make(chan struct{}, apiMost)
 	for subject, f := range map[string]answer{
 		apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiPublish: a.publish, apiWatch: a.watch, apiHistory: a.history,
 	} {
+		slots := slots
+		switch subject {
+		case apiPause, apiResume, apiUndo:
+			slots = stops // who reads much must not keep anybody from stopping stoop
+		}
 		_, err := nc.Subscribe(subject, func(m *nats.Msg) {
 			select {
 			case slots <- struct{}{}:

@@ -134,7 +134,7 @@ type Protect struct {
 // Limits bound the blast radius.
 type Limits struct {
 	Rule      Rate `param:"rule" doc:"By one rule on this node."`
-	Namespace Rate `param:"namespace" doc:"In one namespace on this node."`
+	Namespace Rate `param:"namespace" doc:"In one namespace on this node. Alerts below Critical get three quarters of it."`
 	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
 }
 

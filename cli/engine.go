@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -136,20 +137,27 @@ func isDiskFault(err error) bool {
 // runOn works on one store. It returns whether the next one is to be in
 // memory.
 func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot) (memory bool, err error) {
+	// A disk that fills again at once sends everything back into memory.
+	onDisk := !b.InMemory()
 	if err := carried.restore(ctx, b); err != nil {
-		e.log.Error("taking what was under way to the next store", "error", err)
+		if onDisk {
+			e.log.Error("the store can't take what was under way: staying in memory", "error", err)
+			return true, nil
+		}
+		e.log.Error("what was under way could not be taken along", "error", err)
 	}
 	hc := e.host
 	hc.Broker = b
 	host, err := responders.NewHost(ctx, hc)
 	if err != nil {
+		if onDisk && b.Err() != nil {
+			return true, nil
+		}
 		return false, err
 	}
 	if err := host.SetRules(ctx, modesOf(e.router.Rules())); err != nil {
 		e.log.Error("since when rules enforce could not be stored", "error", err)
 	}
-	carried.publish(ctx, b, e.log)
-	*carried = snapshot{}
 
 	runCtx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -167,6 +175,10 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 	}
 	run(host.Run)
 	run(func(ctx context.Context) error { return e.router.Run(ctx, b) })
+	// What this store did not take goes on to the next one.
+	rest := *carried
+	*carried = snapshot{}
+	parts.Go(func() { rest.publish(runCtx, b, e.log) })
 	e.current.Store(&generation{b, host})
 	e.store.use(b)
 	e.local.Use(b)
@@ -189,11 +201,14 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 		select {
 		case <-ctx.Done():
 			stop()
+			if b.InMemory() && e.cfg.Dir != "" {
+				e.leave(e.take(b, host, &rest))
+			}
 			return false, nil
 		case <-b.Failed():
 			e.log.Error("the store refuses to write: going on in memory; free some space on its disk", "data", e.cfg.Dir, "error", b.Err())
 			stop()
-			*carried = e.take(b)
+			*carried = e.take(b, host, &rest)
 			return true, nil
 		case <-runCtx.Done():
 			select {
@@ -204,7 +219,7 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 			err := context.Cause(runCtx)
 			stop()
 			if b.Err() != nil {
-				*carried = e.take(b)
+				*carried = e.take(b, host, &rest)
 				return true, nil
 			}
 			return false, err
@@ -214,7 +229,7 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 			}
 			e.log.Info("there is space on the disk again: going back to it", "data", e.cfg.Dir)
 			stop()
-			*carried = e.take(b)
+			*carried = e.take(b, host, &rest)
 			return false, nil
 		}
 	}
@@ -240,8 +255,29 @@ func probeWrite(dir string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// take reads what a store that is being left still has to do.
-func (e *engine) take(b *broker.Broker) snapshot {
+// leave is the end of a stoop whose disk is full: what it has in memory goes with
+// it, unless the disk takes it after all.
+func (e *engine) leave(s snapshot) {
+	ctx, cancel := context.WithTimeout(context.Background(), carryTimeout)
+	defer cancel()
+	lost := []any{"alerts", len(s.alerts), "steps", len(s.steps), "outcomes", len(s.outcomes)}
+	cfg := e.cfg
+	b, err := broker.Open(ctx, cfg)
+	if err == nil {
+		defer b.Close()
+		if err = s.restore(ctx, b); err == nil {
+			s.publish(ctx, b, e.log)
+			err = b.Err()
+		}
+	}
+	if err != nil {
+		e.log.Error("the disk refuses still: what was in memory is lost", append(lost, "error", err)...)
+	}
+}
+
+// take reads what a store that is being left still has to do: by what it holds,
+// by what the host knows and could not store, and by what did not come this far.
+func (e *engine) take(b *broker.Broker, h *responders.Host, rest *snapshot) snapshot {
 	ctx, cancel := context.WithTimeout(context.Background(), carryTimeout)
 	defer cancel()
 	var s snapshot
@@ -255,6 +291,13 @@ func (e *engine) take(b *broker.Broker) snapshot {
 			return nil
 		})
 	}
+	if s.state == nil {
+		s.state = map[string][]byte{}
+	}
+	maps.Copy(s.state, h.Dump())
+	s.outcomes = append(append(s.outcomes, h.Lost()...), rest.outcomes...)
+	s.alerts = append(s.alerts, rest.alerts...)
+	s.steps = append(s.steps, rest.steps...)
 	if err := errors.Join(errs[:]...); err != nil {
 		e.log.Error("reading what the store left to be done", "error", err)
 	}
@@ -271,26 +314,41 @@ func (s *snapshot) restore(ctx context.Context, b *broker.Broker) error {
 	return nil
 }
 
-// publish hands the rest over. What comes twice by this is recognised: alerts
-// by their id, steps by theirs.
+// publish hands the rest over, while the router and the host are at work, and
+// keeps what the store did not take. What comes twice by this is recognised:
+// alerts by their id, steps by theirs.
 func (s *snapshot) publish(ctx context.Context, b *broker.Broker, log *slog.Logger) {
-	ctx, cancel := context.WithTimeout(ctx, carryTimeout)
-	defer cancel()
-	for _, step := range s.steps {
-		if _, err := b.PublishStep(ctx, step); err != nil {
-			log.Error("a step could not be taken to the next store", "step", step.ID, "rule", step.Rule, "error", err)
-		}
-	}
-	if n, err := b.Store(ctx, s.alerts); err != nil {
-		log.Error("alerts could not be taken to the next store", "alerts", len(s.alerts)-n, "error", err)
-	}
-	for _, o := range s.outcomes {
-		if err := b.PublishOutcome(o); err != nil {
-			log.Error("an outcome could not be taken to the next store", "step", o.ID, "error", err)
+	for len(s.steps) > 0 {
+		_, err := b.PublishStep(ctx, s.steps[0])
+		if err != nil && (ctx.Err() != nil || b.Err() != nil) {
 			return
 		}
+		if err != nil {
+			log.Error("a step could not be taken to the next store", "step", s.steps[0].ID, "rule", s.steps[0].Rule, "error", err)
+		}
+		s.steps = s.steps[1:]
+	}
+	for len(s.alerts) > 0 {
+		n, err := b.Store(ctx, s.alerts[:min(len(s.alerts), carryChunk)])
+		s.alerts = s.alerts[n:]
+		if err != nil && (ctx.Err() != nil || b.Err() != nil) {
+			return
+		}
+		if err != nil {
+			log.Error("an alert could not be taken to the next store", "error", err)
+			s.alerts = s.alerts[1:]
+		}
+	}
+	for len(s.outcomes) > 0 {
+		if err := b.PublishOutcome(s.outcomes[0]); err != nil {
+			return
+		}
+		s.outcomes = s.outcomes[1:]
 	}
 }
+
+// carryChunk is how many alerts are handed over at a time.
+const carryChunk = 512
 
 // modesOf are the modes of the rules in force.
 func modesOf(s *rules.Set) map[string]broker.Mode {

@@ -145,16 +145,18 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if kube != nil {
 		pods = responders.NewPods(kube, node, log)
 	}
-	if err := os.MkdirAll(c.Data, 0o700); err != nil {
-		return fmt.Errorf("data folder (set data, or --data): %w", err)
+	release, err := broker.Lock(c.Data)
+	if err != nil {
+		return err
 	}
+	defer release()
 	// The pipe first of all: Falco, which may be starting, would make a
 	// regular file in its place.
 	sources, err := c.sources(p)
 	if err != nil {
 		return wrong(err)
 	}
-	local, err := listenLocal(ctx, c.Data)
+	local, err := broker.ListenLocal(c.Data)
 	if err != nil {
 		return err
 	}
@@ -277,15 +279,6 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		cause = errors.Join(cause, engineErr)
 	}
 	return errors.Join(cause, closeErr)
-}
-
-// listenLocal opens the local socket, unless another stoop serves it.
-func listenLocal(ctx context.Context, dir string) (*broker.Local, error) {
-	if c, err := broker.Dial(dir); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s: %w", dir, broker.ErrLocked)
-	}
-	return broker.ListenLocal(dir)
 }
 
 // waitIdle waits until all that was read is dealt with.

@@ -15,4 +15,4 @@ var (
 func (p *Pods) SetProc(root string) { p.proc = proc(root) }
 
 // SetWait changes how long p waits for a pod to appear.
-func (p *Pods) SetWait(d time.Duration) { p.wait = d }
+func (p *Pods) SetWait(d time.Duration) { p.wait, p.longer = d, 0 }

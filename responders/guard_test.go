@@ -102,13 +102,13 @@ func begun(l *ledger, g *Guards, id string, a act, now time.Time) verdict {
 	a.Began = now
 	v := l.begin(id, a, g, true, now)
 	if v == (verdict{}) {
-		l.end(id, broker.Done, Result{}, "", now)
+		l.end(id, broker.Done, Result{}, now)
 	}
 	return v
 }
 
 func TestCooldown(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	a := act{Rule: "r", Responder: "delete-pod", Object: "pod/1", Namespace: "shop"}
 	if v := begun(l, g, "1", a, noon); v != (verdict{}) {
 		t.Fatalf("the first: %+v", v)
@@ -133,7 +133,7 @@ func TestCooldown(t *testing.T) {
 }
 
 func TestCooldownStartsAtDone(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	a := act{Rule: "r", Responder: "delete-pod", Object: "pod/1", Began: noon}
 	if v := l.begin("1", a, g, false, noon); v != (verdict{}) {
 		t.Fatal(v)
@@ -141,7 +141,7 @@ func TestCooldownStartsAtDone(t *testing.T) {
 	if v := l.begin("2", a, g, false, noon); !v.busy {
 		t.Errorf("while the first is under way: %+v", v)
 	}
-	l.end("1", broker.Failed, Result{}, "no", noon)
+	l.end("1", broker.Failed, Result{}, noon)
 	if v := l.begin("2", a, g, false, noon); v != (verdict{}) {
 		t.Errorf("after the first failed: %+v", v)
 	}
@@ -151,7 +151,7 @@ func TestCooldownStartsAtDone(t *testing.T) {
 }
 
 func TestOwnersLimit(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	step := func(i int, at time.Time) verdict {
 		return begun(l, g, fmt.Sprint(i), act{Rule: "r", Responder: "delete-pod", Object: fmt.Sprintf("pod/%d", i), Owner: "rs-1"}, at)
 	}
@@ -178,12 +178,13 @@ func TestLimits(t *testing.T) {
 	}{
 		"no limit":                 {0, 0, 0, func(i int) act { return act{Rule: "r", Namespace: "a"} }, 50, ""},
 		"one rule":                 {5, 0, 0, func(i int) act { return act{Rule: "r", Namespace: fmt.Sprint(i)} }, 5, "rule r"},
-		"one namespace":            {0, 5, 0, func(i int) act { return act{Rule: fmt.Sprint(i), Namespace: "a"} }, 5, "namespace a"},
+		"one namespace":            {0, 5, 0, func(i int) act { return act{Rule: fmt.Sprint(i), Namespace: "a", Urgent: true} }, 5, "namespace a"},
+		"the same, below critical": {0, 5, 0, func(i int) act { return act{Rule: fmt.Sprint(i), Namespace: "a"} }, 4, "alerts below Critical in namespace a"},
 		"half of the node":         {0, 0, 10, func(i int) act { return act{Rule: "r", Namespace: "a", Urgent: true} }, 5, "namespace a"},
 		"the node, critical":       {0, 0, 10, func(i int) act { return act{Namespace: fmt.Sprint(i), Urgent: true} }, 10, "this node"},
 		"the node, below critical": {0, 0, 10, func(i int) act { return act{Namespace: fmt.Sprint(i)} }, 8, "alerts below Critical on this node"},
 	} {
-		g, l := testGuards(), newLedger(nil)
+		g, l := testGuards(), newLedger(nil, testGuards())
 		g.PerRule, g.PerNamespace, g.PerNode = Rate{c.rule, minute}, Rate{c.namespace, minute}, Rate{c.node, minute}
 		let, opened := 0, ""
 		for i := range 50 {
@@ -209,7 +210,7 @@ func TestLimits(t *testing.T) {
 // What is below Critical never takes the reserve, and Critical has it still when
 // the breaker of the rest is open.
 func TestCriticalKeepsItsReserve(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	g.PerNode = Rate{8, time.Minute}
 	for i := range 20 {
 		begun(l, g, fmt.Sprint("low", i), act{Object: fmt.Sprint(i), Namespace: fmt.Sprint("ns", i)}, noon)
@@ -226,7 +227,7 @@ func TestCriticalKeepsItsReserve(t *testing.T) {
 }
 
 func TestABreakerClosesByItself(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	g.PerRule = Rate{1, time.Minute}
 	step := func(i int, at time.Time) verdict {
 		return begun(l, g, fmt.Sprint(i), act{Rule: "r", Object: fmt.Sprint(i)}, at)
@@ -244,11 +245,11 @@ func TestABreakerClosesByItself(t *testing.T) {
 }
 
 func TestTheLedgerForgets(t *testing.T) {
-	g, l := testGuards(), newLedger(nil)
+	g, l := testGuards(), newLedger(nil, testGuards())
 	for i := range 1000 {
 		begun(l, g, fmt.Sprint(i), act{Rule: "r", Object: fmt.Sprint(i), Owner: fmt.Sprint(i), Namespace: fmt.Sprint(i)}, noon)
 	}
-	begun(l, g, "late", act{Rule: "r", Object: "late"}, noon.Add(2*actKept))
+	begun(l, g, "late", act{Rule: "r", Object: "late"}, noon.Add(2*testGuards().keep()))
 	if len(l.acts) != 1 || len(l.order) != 1 || len(l.last) != 1 {
 		t.Errorf("%d acts, %d in order, %d objects are still known", len(l.acts), len(l.order), len(l.last))
 	}

@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
 
 	"stoop/alert"
 	"stoop/broker"
@@ -82,6 +82,7 @@ type Host struct {
 	pause      atomic.Pointer[Pause]
 	enforced   atomic.Pointer[enforced]
 	underway   sync.Map // the ids of the steps being handled
+	lost       lost     // outcomes that the store refused
 }
 
 // running is a responder at work.
@@ -106,6 +107,7 @@ const (
 	// busyAgain is when a step asks again whose object or destination is
 	// busy.
 	busyAgain = 50 * time.Millisecond
+	busyMost  = 2 * time.Second
 	// grace is how long a step under way may go on when stoop is stopped.
 	grace = 5 * time.Second
 	// settle is how long a request that a killed process had sent may still
@@ -117,7 +119,7 @@ const (
 func NewHost(ctx context.Context, c Config) (*Host, error) {
 	h := &Host{
 		Config: c, responders: map[string]*running{},
-		ledger: newLedger(c.Broker.State()), rehearsal: newLedger(nil),
+		ledger: newLedger(c.Broker.State(), &c.Guards), rehearsal: newLedger(nil, &c.Guards),
 	}
 	if h.Log == nil {
 		h.Log = slog.New(slog.DiscardHandler)
@@ -200,10 +202,19 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)
 		return
 	}
+	if ahead(r, s) {
+		// Telling people takes as long as their service likes. What comes after
+		// it in the chain does not wait for that.
+		if err := h.next(ctx, s, "", Result{}); err != nil {
+			h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
+			h.retry(d, backoff(d.Attempt))
+			return
+		}
+	}
 	if done := h.enter(r, s); done != nil {
 		defer done()
 	} else {
-		h.retry(d, min(busyAgain*time.Duration(d.Attempt), 5*time.Second))
+		h.retry(d, min(busyAgain*time.Duration(d.Attempt), busyMost))
 		return
 	}
 	req, status, reason, again := h.prepare(ctx, d, r)
@@ -211,10 +222,22 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 	case again > 0:
 		h.retry(d, again)
 	case status != "":
+		if h.ledger.end(s.ID, status, Result{Reason: reason}, time.Now()) {
+			// It was begun, and its place is free again.
+			if err := h.ledger.save(context.WithoutCancel(ctx), s.ID); err != nil {
+				h.Log.Error("the end of a step could not be stored", "step", s.ID, "error", err)
+			}
+		}
 		h.finish(ctx, d, r, status, Result{Reason: reason}, false)
 	default:
 		h.act(ctx, d, r, req)
 	}
+}
+
+// ahead reports whether the step after s is published before s is done: s tells
+// people, and the chain does not hang on whether that works.
+func ahead(r *running, s *broker.Step) bool {
+	return r.Kind == Notification && s.OnFailure != broker.Stop
 }
 
 // prepare asks everything that is asked before an act. It returns the request
@@ -300,7 +323,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 	}, &h.Guards, r.Instead != "", now)
 	switch {
 	case v.busy:
-		return nil, "", "", busyAgain
+		return nil, "", "", min(busyAgain*time.Duration(d.Attempt), busyMost)
 	case v.opened != "":
 		if mode == broker.Enforce {
 			if err := l.saveBreaker(ctx, v.opened); err != nil {
@@ -311,11 +334,11 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 		}
 		return h.suppress(v.guard, v.reason)
 	case v.guard == "owner" && mode == broker.Enforce:
-		return h.instead(ctx, s, r, v.reason)
+		return h.instead(ctx, s, r, req.Pod, v.reason)
 	case v.guard != "":
 		return h.suppress(v.guard, v.reason)
 	case mode == broker.Audit:
-		l.end(s.ID, broker.Done, Result{}, "", now)
+		l.end(s.ID, broker.Done, Result{}, now)
 		return nil, broker.Audited, why, 0
 	}
 	return req, "", "", 0
@@ -327,7 +350,7 @@ func (h *Host) suppress(guard, reason string) (*Request, broker.Status, string, 
 }
 
 // instead puts the gentler responder in the step's place and tells people.
-func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, reason string) (*Request, broker.Status, string, time.Duration) {
+func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *corev1.Pod, reason string) (*Request, broker.Status, string, time.Duration) {
 	reason += "; " + r.Instead + " is done instead"
 	n := *s
 	n.ID = broker.StepID(s.AlertID, s.Rule, s.Position, r.Instead)
@@ -337,7 +360,9 @@ func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, reason s
 		h.Log.Error("the step in another's place could not be stored", "step", s.ID, "responder", r.Instead, "error", err)
 		return nil, "", "", retryFirst
 	}
-	h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
+	if h.ledger.tellOnce(s.Rule+"\x00"+ownerOf(pod), time.Now()) {
+		h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
+	}
 	return h.suppress("owner", reason)
 }
 
@@ -371,6 +396,13 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	}
 	status, retry, after, reason := classify(err)
 	if retry {
+		if r.Kind == Evidence && s.OnFailure != broker.Stop {
+			// Evidence that can't be had now is tried for, but never stops
+			// what comes after it.
+			if err := h.next(context.WithoutCancel(ctx), s, broker.Retrying, Result{Reason: reason}); err != nil {
+				h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
+			}
+		}
 		h.Metrics.retries.WithLabelValues(r.Name).Inc()
 		o := s.Outcome(broker.Retrying, reason)
 		o.Attempt = d.Attempt
@@ -387,6 +419,8 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 			status = broker.Nothing
 		}
 	}
+	// What was done is recorded also when stoop is being stopped.
+	ctx = context.WithoutCancel(ctx)
 	undo := status == broker.Done && res.Undo != nil
 	if undo {
 		if err := h.undos.add(ctx, s, r.Name, res); err != nil {
@@ -395,7 +429,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	}
 	res.Reason = reason
 	if harm {
-		h.ledger.end(s.ID, status, res, reason, time.Now())
+		h.ledger.end(s.ID, status, res, time.Now())
 		if err := h.ledger.save(ctx, s.ID); err != nil {
 			h.Log.Error("the result of a step could not be stored", "step", s.ID, "error", err)
 		}
@@ -418,7 +452,9 @@ func (h *Host) deadline(ctx context.Context, d time.Duration) (context.Context, 
 // finish publishes the next step, records the outcome, and acknowledges.
 func (h *Host) finish(ctx context.Context, d *broker.Delivery, r *running, status broker.Status, res Result, undo bool) {
 	s := d.Step
-	if err := h.next(ctx, s, status, res); err != nil {
+	if ahead(r, s) {
+		// It is under way already.
+	} else if err := h.next(ctx, s, status, res); err != nil {
 		h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
 		h.retry(d, backoff(d.Attempt))
 		return
@@ -438,14 +474,9 @@ func (h *Host) acknowledge(d *broker.Delivery) {
 	}
 }
 
-// next publishes the step after s, if its chain goes on.
+// next publishes the step after s, if its chain goes on. It may do so twice for
+// one step: the second time the store knows it.
 func (h *Host) next(ctx context.Context, s *broker.Step, status broker.Status, res Result) error {
-	if len(s.Remaining) == 0 {
-		return nil
-	}
-	n := *s
-	n.Found = append(slices.Clone(s.Found), broker.Finding{Responder: s.Responder, Status: status, Reason: res.Reason, Found: res.Found})
-	n.Took = broker.Took{Stored: s.Took.Stored, Matched: s.Took.Matched}
 	stopped := ""
 	if s.OnFailure == broker.Stop {
 		switch status {
@@ -453,19 +484,20 @@ func (h *Host) next(ctx context.Context, s *broker.Step, status broker.Status, r
 			stopped = fmt.Sprintf("%s before it ended as %s, and its onFailure is stop", s.Responder, status)
 		}
 	}
-	for i, a := range s.Remaining {
-		n.Position = s.Position + 1 + i
-		n.ID = broker.StepID(s.AlertID, s.Rule, n.Position, "")
-		n.Action, n.Remaining = a, s.Remaining[i+1:]
-		if stopped == "" {
-			_, err := h.Broker.PublishStep(ctx, &n)
-			if errors.Is(err, broker.ErrQueueFull) {
-				h.record(n.Outcome(broker.Failed, err.Error()))
-				continue // the one after it may be for a responder that has room
-			}
+	var found []broker.Finding
+	if status != "" {
+		found = []broker.Finding{{Responder: s.Responder, Status: status, Reason: res.Reason, Found: res.Found}}
+	}
+	for n := s.Next(found...); n != nil; n = n.Next() {
+		if stopped != "" {
+			h.record(n.Outcome(broker.Suppressed, stopped))
+			continue
+		}
+		_, err := h.Broker.PublishStep(ctx, n)
+		if !errors.Is(err, broker.ErrQueueFull) {
 			return err
 		}
-		h.record(n.Outcome(broker.Suppressed, stopped))
+		h.record(n.Outcome(broker.Failed, err.Error())) // the one after it may be for a responder that has room
 	}
 	return nil
 }
@@ -474,6 +506,7 @@ func (h *Host) next(ctx context.Context, s *broker.Step, status broker.Status, r
 func (h *Host) record(o broker.Outcome) {
 	o.Node, o.Cluster = h.Env.Node, h.Env.Cluster
 	if err := h.Broker.PublishOutcome(o); err != nil {
+		h.lost.add(o)
 		h.Log.Error("an outcome could not be stored", "step", o.ID, "responder", o.Responder, "status", o.Status, "reason", o.Reason, "error", err)
 	}
 	h.Metrics.outcomes.WithLabelValues(o.Responder, string(o.Status)).Inc()
@@ -537,7 +570,11 @@ func (h *Host) mode(s *broker.Step) (broker.Mode, string) {
 	case s.Mode != broker.Enforce:
 		return broker.Audit, "the rule is in audit mode"
 	}
-	if since := h.enforced.Load().since(s.Rule); s.Received.Before(since) {
+	e := h.enforced.Load()
+	if _, ok := e.Rules[s.Rule]; !ok {
+		return broker.Audit, "the rule is in audit mode by now, or gone"
+	}
+	if s.Received.Before(e.since(s.Rule)) {
 		return broker.Audit, "the alert came before enforce was switched on"
 	}
 	return broker.Enforce, ""

@@ -302,6 +302,129 @@ func TestAHangingDestinationHoldsUpNoOther(t *testing.T) {
 	}
 }
 
+// Telling people may take for ever: the pod is deleted all the same.
+func TestAKillDoesNotWaitForPeopleToBeTold(t *testing.T) {
+	hang := make(chan struct{})
+	defer close(hang)
+	tell := &stub{do: func(int, *Request) (Result, error) { <-hang; return Result{}, nil }}
+	kill := &stub{}
+	b := newBench(t, brokertest.New(t), entry("tell", Notification, tell), entry("kill", Harm, kill)).start()
+	b.config.Guards.Cooldown = 0
+	b.publish(b.step("tell", "kill"))
+	if got := b.outcomes(1); got[0].Responder != "kill" || got[0].Status != broker.Done {
+		t.Errorf("outcome %+v", got[0])
+	}
+}
+
+// Evidence that can't be had now is tried for again, and what comes after it goes
+// on.
+func TestAKillDoesNotWaitForEvidenceThatCantBeHad(t *testing.T) {
+	keep := &stub{do: func(n int, _ *Request) (Result, error) {
+		if n < 3 {
+			return Result{}, Retry(errors.New("away"), time.Second)
+		}
+		return Result{}, nil
+	}}
+	kill := &stub{}
+	b := newBench(t, brokertest.New(t), entry("keep", Evidence, keep), entry("kill", Harm, kill)).start()
+	b.publish(b.step("keep", "kill"))
+	got := b.outcomes(2)
+	if got[0].Responder != "kill" || got[1].Responder != "keep" || got[1].Status != broker.Done {
+		t.Errorf("outcomes %+v", got)
+	}
+	if kill.calls() != 1 {
+		t.Errorf("the kill was done %d times", kill.calls())
+	}
+}
+
+// What was done while stoop was being stopped is recorded as done.
+func TestAnActThatOutlivesTheStopIsRecorded(t *testing.T) {
+	dir := t.TempDir()
+	store := brokertest.Open(t, broker.Config{Dir: dir})
+	acting, end := make(chan struct{}), make(chan struct{})
+	s := &stub{do: func(int, *Request) (Result, error) {
+		close(acting)
+		<-end
+		return Result{Undo: jsonRaw(`{}`)}, nil
+	}}
+	after := &stub{}
+	b := newBench(t, store, entry("one", Harm, s), entry("two", Harm, after)).start()
+	step := b.step("one", "two")
+	b.publish(step)
+	<-acting
+	stopped := make(chan struct{})
+	go func() { b.stop(); close(stopped) }()
+	time.Sleep(100 * time.Millisecond) // the stop is under way
+	close(end)
+	<-stopped
+	store.Close()
+
+	again := newBench(t, brokertest.Open(t, broker.Config{Dir: dir}), entry("one", Harm, s), entry("two", Harm, after)).start()
+	for _, o := range again.outcomes(2) {
+		if o.Status != broker.Done {
+			t.Errorf("%s: %s (%s)", o.Responder, o.Status, o.Reason)
+		}
+	}
+	if s.calls() != 1 || after.calls() != 1 {
+		t.Errorf("acted %d and %d times", s.calls(), after.calls())
+	}
+	if len(again.host.undos.byID) != 1 {
+		t.Error("its undo is lost")
+	}
+}
+
+// A step that was begun and then ends as something else gives its place back.
+func TestAStepThatIsGivenUpFreesItsObject(t *testing.T) {
+	s := &stub{do: func(n int, _ *Request) (Result, error) {
+		if n == 1 {
+			return Result{}, Retry(errors.New("away"), 300*time.Millisecond)
+		}
+		return Result{}, nil
+	}}
+	b := newBench(t, brokertest.New(t), entry("one", Harm, s)).start()
+	first := b.step("one")
+	b.publish(first)
+	for end := time.Now().Add(10 * time.Second); s.calls() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not tried within 10 s")
+		}
+	}
+	if _, err := b.host.SetPause(t.Context(), true, "somebody"); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.outcomes(1); got[0].Status != broker.Suppressed {
+		t.Fatalf("the first: %+v", got[0])
+	}
+	if _, err := b.host.SetPause(t.Context(), false, "somebody"); err != nil {
+		t.Fatal(err)
+	}
+	second := b.step("one")
+	second.Target = first.Target
+	b.publish(second)
+	if got := b.outcomes(2); got[1].ID != second.ID || got[1].Status != broker.Done {
+		t.Errorf("the second: %+v", got[1])
+	}
+}
+
+// A rule that was switched to audit, or is gone, does not act on what it matched
+// before.
+func TestARuleSwitchedToAuditActsNoMore(t *testing.T) {
+	s := &stub{}
+	b := newBench(t, brokertest.New(t), entry("one", Harm, s)).start()
+	for i, modes := range []map[string]broker.Mode{{"r": broker.Audit}, {}} {
+		if err := b.host.SetRules(t.Context(), modes); err != nil {
+			t.Fatal(err)
+		}
+		b.publish(b.step("one"))
+		if got := b.outcomes(i + 1); got[i].Status != broker.Audited {
+			t.Errorf("modes %v: %+v", modes, got[i])
+		}
+	}
+	if s.calls() != 0 {
+		t.Error("it acted")
+	}
+}
+
 func TestPause(t *testing.T) {
 	dir := t.TempDir()
 	store := brokertest.Open(t, broker.Config{Dir: dir})
@@ -312,9 +435,10 @@ func TestPause(t *testing.T) {
 	}
 	early := b.step("one", "tell")
 	b.publish(early)
-	got := b.outcomes(2)
-	if got[0].Status != broker.Suppressed || got[1].Status != broker.Done {
-		t.Errorf("while paused: %s, and the notification %s", got[0].Status, got[1].Status)
+	for _, o := range b.outcomes(2) {
+		if want := map[string]broker.Status{"one": broker.Suppressed, "tell": broker.Done}[o.Responder]; o.Status != want {
+			t.Errorf("while paused: %s %s, want %s", o.Responder, o.Status, want)
+		}
 	}
 	waiting := b.step("one") // arrives while paused, comes to its turn after
 	b.stop()

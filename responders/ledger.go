@@ -38,10 +38,13 @@ type breaker struct {
 	Until time.Time `json:"until"`
 }
 
+// keep is how long a record is needed: as long as any guard counts by it, and
+// as its step can come again after a crash.
+func (g *Guards) keep() time.Duration {
+	return 15*time.Minute + max(ownerWindow, g.Cooldown, g.PerRule.Per, g.PerNamespace.Per, g.PerNode.Per)
+}
+
 const (
-	// actKept is how long a record is needed: as long as the owner's window,
-	// and as its step can come again after a crash.
-	actKept = 45 * time.Minute
 	// actsMax bounds the records in memory. Only with every limit off can
 	// there be so many; the oldest are forgotten then.
 	actsMax = 100_000
@@ -56,6 +59,21 @@ type ledger struct {
 	last  map[string]string    // the latest step by rule, responder and object
 	times map[string]*window   // by what a limit counts
 	open  map[string]time.Time // breakers, until
+	told  map[string]time.Time // what people were told of, by what it is about
+	kept  time.Duration        // how long a record is needed
+}
+
+// tellOnce reports whether people are to be told of something: once in the
+// owner's window.
+func (l *ledger) tellOnce(about string, now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	maps.DeleteFunc(l.told, func(_ string, at time.Time) bool { return now.Sub(at) > ownerWindow })
+	if _, ok := l.told[about]; ok {
+		return false
+	}
+	l.told[about] = now
+	return true
 }
 
 // window is when steps of a kind were begun, oldest first.
@@ -90,10 +108,10 @@ func (w *window) remove(id string) {
 	}
 }
 
-func newLedger(state *broker.State) *ledger {
+func newLedger(state *broker.State, g *Guards) *ledger {
 	return &ledger{
-		state: state, acts: map[string]*act{}, last: map[string]string{},
-		times: map[string]*window{}, open: map[string]time.Time{},
+		state: state, acts: map[string]*act{}, last: map[string]string{}, kept: g.keep(),
+		times: map[string]*window{}, open: map[string]time.Time{}, told: map[string]time.Time{},
 	}
 }
 
@@ -105,6 +123,9 @@ func (a *act) ownerKey() string {
 }
 func (a *act) ruleKey() string      { return "rule\x00" + a.Rule }
 func (a *act) namespaceKey() string { return "namespace\x00" + a.Namespace }
+func (a *act) namespaceOtherKey() string {
+	return "namespace, below Critical\x00" + a.Namespace
+}
 
 const (
 	nodeKey  = "node"
@@ -115,6 +136,9 @@ func (a *act) accounts() []string {
 	keys := []string{a.ruleKey(), nodeKey}
 	if a.Namespace != "" {
 		keys = append(keys, a.namespaceKey())
+		if !a.Urgent {
+			keys = append(keys, a.namespaceOtherKey())
+		}
 	}
 	if a.Owner != "" {
 		keys = append(keys, a.ownerKey())
@@ -166,7 +190,7 @@ func (l *ledger) load(ctx context.Context) error {
 		if err := json.Unmarshal(value, a); err != nil {
 			return fmt.Errorf("read state %s: %w", key, err)
 		}
-		if now.Sub(a.Began) < actKept {
+		if now.Sub(a.Began) < l.kept {
 			entries = append(entries, entry{key[len("act."):], a})
 		} else {
 			old = append(old, key)
@@ -269,11 +293,18 @@ func (g *Guards) limitsOf(a *act) []limit {
 	if g.PerRule.N > 0 {
 		out = append(out, limit{a.ruleKey(), "rule " + a.Rule, g.PerRule.N, g.PerRule.Per, "guard.limits.rule"})
 	}
-	if n := (g.PerNode.N + 1) / 2; n > 0 && a.Namespace != "" {
-		out = append(out, limit{a.namespaceKey(), "namespace " + a.Namespace, n, g.PerNode.Per, "half of guard.limits.node"})
-	}
-	if g.PerNamespace.N > 0 && a.Namespace != "" {
-		out = append(out, limit{a.namespaceKey(), "namespace " + a.Namespace, g.PerNamespace.N, g.PerNamespace.Per, "guard.limits.namespace"})
+	for _, m := range []limit{
+		{max: (g.PerNode.N + 1) / 2, per: g.PerNode.Per, key: "half of guard.limits.node"},
+		{max: g.PerNamespace.N, per: g.PerNamespace.Per, key: "guard.limits.namespace"},
+	} {
+		if m.max == 0 || a.Namespace == "" {
+			continue
+		}
+		if !a.Urgent {
+			out = append(out, limit{a.namespaceOtherKey(), "alerts below Critical in namespace " + a.Namespace, m.max - m.max/4, m.per, m.key + ", less a quarter for Critical"})
+		}
+		m.account, m.name = a.namespaceKey(), "namespace "+a.Namespace
+		out = append(out, m)
 	}
 	if g.PerNode.N > 0 {
 		if !a.Urgent {
@@ -308,7 +339,7 @@ func (l *ledger) save(ctx context.Context, id string) error {
 	if !ok || l.state == nil {
 		return nil
 	}
-	return l.state.Put(ctx, "act."+id, c, actKept)
+	return l.state.Put(ctx, "act."+id, c, l.kept)
 }
 
 // saveBreaker writes an open breaker to STATE.
@@ -319,7 +350,7 @@ func (l *ledger) saveBreaker(ctx context.Context, key string) error {
 	if l.state == nil {
 		return nil
 	}
-	return l.state.Put(ctx, "breaker."+alert.IDOf([]byte(key)), b, time.Until(b.Until)+time.Second)
+	return l.state.Put(ctx, breakerKey(key), b, time.Until(b.Until)+time.Second)
 }
 
 // openBreakers is how many are open.
@@ -335,20 +366,42 @@ func (l *ledger) openBreakers(now time.Time) int {
 	return n
 }
 
-// end notes what came of a step. Only what was done counts for cooldowns and
-// limits.
-func (l *ledger) end(id string, status broker.Status, res Result, reason string, now time.Time) {
+// end notes what came of a step, and reports whether it had been begun. Only
+// what was done counts for cooldowns and limits.
+func (l *ledger) end(id string, status broker.Status, res Result, now time.Time) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	a := l.acts[id]
 	if a == nil {
-		return
+		return false
 	}
-	a.Status, a.Reason, a.Found, a.Ended, a.Undo = status, reason, res.Found, now, res.Undo != nil
+	a.Status, a.Reason, a.Found, a.Ended, a.Undo = status, res.Reason, res.Found, now, res.Undo != nil
 	if status != broker.Done {
 		l.uncount(id, a)
 	}
+	return true
 }
+
+// dump adds every record to what a store is to be given.
+func (l *ledger) dump(into map[string][]byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for id, a := range l.acts {
+		put(into, "act."+id, a)
+	}
+	for key, until := range l.open {
+		put(into, breakerKey(key), breaker{key, until})
+	}
+}
+
+// put adds a value, which JSON can always hold.
+func put(into map[string][]byte, key string, v any) {
+	if data, err := json.Marshal(v); err == nil {
+		into[key] = data
+	}
+}
+
+func breakerKey(name string) string { return "breaker." + alert.IDOf([]byte(name)) }
 
 func (l *ledger) uncount(id string, a *act) {
 	for _, k := range a.accounts() {
@@ -374,7 +427,7 @@ func (l *ledger) drop(id string) {
 func (l *ledger) sweep(now time.Time) {
 	for len(l.order) > 0 {
 		a := l.acts[l.order[0]]
-		if a != nil && now.Sub(a.Began) < actKept && len(l.acts) <= actsMax {
+		if a != nil && now.Sub(a.Began) < l.kept && len(l.acts) <= actsMax {
 			break
 		}
 		l.drop(l.order[0])

@@ -28,7 +28,11 @@ const (
 	// podWait is how long [Pods.Resolve] waits for what an alert names to
 	// appear: Falco sees a process long before the kubelet has told the API
 	// server of its container.
-	podWait = 2 * time.Second
+	podWait = 200 * time.Millisecond
+	// After that the step is given back, and asks again every now and then for
+	// as long as podPatience: it holds no place meanwhile.
+	podPatience = 30 * time.Second
+	podAgain    = 500 * time.Millisecond
 	// Pods that went are remembered for a while, so that an alert for one of
 	// them is told that, and does not wait for it to appear.
 	goneFor = 10 * time.Minute
@@ -55,6 +59,7 @@ type Pods struct {
 	log    *slog.Logger
 	proc   proc
 	wait   time.Duration
+	longer time.Duration
 	synced chan struct{} // closed by the first complete list
 
 	mu      sync.Mutex
@@ -63,8 +68,9 @@ type Pods struct {
 	short   map[string][]*nodePod // by the first 12 characters of a container's id
 	gone    []gonePod             // oldest first
 	vain    map[string]time.Time
-	changed chan struct{} // closed and made anew with every change
-	failed  error         // of the last list or watch; nil when it is well
+	waited  map[string]time.Time // containers that are being waited for, and since when
+	changed chan struct{}        // closed and made anew with every change
+	failed  error                // of the last list or watch; nil when it is well
 }
 
 // nodePod is a pod and all container ids that it was seen to have.
@@ -85,6 +91,8 @@ func NewPods(client *Kube, node string, log *slog.Logger) *Pods {
 		log:     log,
 		proc:    "/proc",
 		wait:    podWait,
+		longer:  podPatience,
+		waited:  map[string]time.Time{},
 		synced:  make(chan struct{}),
 		pods:    map[types.UID]*nodePod{},
 		names:   map[types.NamespacedName]types.UID{},
@@ -169,8 +177,9 @@ func (p *Pods) noteHealth(ctx context.Context, verb string, err error) {
 // with an error, and then without a pod: [ErrGone], errNoPod, errUnproved, or
 // a [Retry] when the pods of the node have never been read.
 //
-// What is not there yet is waited for, 2 s at the most and only as long as ctx
-// lasts. The pod is shared, cut down to what stoop uses, and not to be changed.
+// What is not there yet is waited for, 200 ms at the most and only as long as ctx
+// lasts; after that the error is a [Retry], until it has been asked for in vain
+// for 30 s. The pod is shared, cut down to what stoop uses, and not to be changed.
 func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, resolved alert.Target, err error) {
 	if t.Host {
 		return nil, t, fmt.Errorf("the host itself raised the alert: %w", errNoPod)
@@ -210,15 +219,16 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 		if found.err == nil || !wait {
 			return found.pod, found.target, found.err
 		}
+		if !p.first(t) {
+			return nil, found.target, p.later(t, found.err)
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			if whole.Err() == nil {
-				p.mu.Lock()
-				p.noteVain(t)
-				p.mu.Unlock()
+			if whole.Err() != nil {
+				return nil, found.target, found.err
 			}
-			return nil, found.target, found.err
+			return nil, found.target, p.later(t, found.err)
 		}
 	}
 }
@@ -371,6 +381,39 @@ func (p *Pods) findGone(t alert.Target, of process, replaced bool) *gonePod {
 func (p *Pods) waitedInVain(t alert.Target) bool {
 	at, ok := p.vain[t.Container]
 	return ok && time.Since(at) < vainFor
+}
+
+// first reports whether nobody has waited for the target's container before: only
+// the first who asks may hold its place while it waits.
+func (p *Pods) first(t alert.Target) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	since, ok := p.waited[t.Container]
+	return !ok || time.Since(since) < p.wait
+}
+
+// later is the error for a target that has not appeared: to be asked for again,
+// or for good.
+func (p *Pods) later(t alert.Target, err error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t.Container == "" {
+		return err
+	}
+	since, ok := p.waited[t.Container]
+	if !ok {
+		since = time.Now()
+		if len(p.waited) >= vainMax {
+			clear(p.waited)
+		}
+		p.waited[t.Container] = since
+	}
+	if time.Since(since) < p.longer {
+		return Retry(err, podAgain)
+	}
+	delete(p.waited, t.Container)
+	p.noteVain(t)
+	return err
 }
 
 func (p *Pods) noteVain(t alert.Target) {

@@ -4,10 +4,45 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"sync"
 	"time"
 
 	"stoop/broker"
 )
+
+// Dump is all that STATE should hold by what this process knows. A store that
+// refused the last writes does not.
+func (h *Host) Dump() map[string][]byte {
+	all := map[string][]byte{}
+	h.ledger.dump(all)
+	h.undos.dump(all)
+	put(all, keyPause, h.pause.Load())
+	put(all, keyEnforced, h.enforced.Load())
+	return all
+}
+
+// Lost are the outcomes that the store refused.
+func (h *Host) Lost() []broker.Outcome {
+	h.lost.mu.Lock()
+	defer h.lost.mu.Unlock()
+	return h.lost.all
+}
+
+// lost keeps outcomes for the next store, as many as there is sense in.
+type lost struct {
+	mu  sync.Mutex
+	all []broker.Outcome
+}
+
+const lostMax = 10_000
+
+func (l *lost) add(o broker.Outcome) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.all) < lostMax {
+		l.all = append(l.all, o)
+	}
+}
 
 // Pause is whether acting is stopped, and since when.
 type Pause struct {

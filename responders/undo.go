@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -21,11 +22,25 @@ type undo struct {
 	Target    alert.Target    `json:"target"`
 	Record    json.RawMessage `json:"record"`
 	Due       time.Time       `json:"due,omitzero"` // when it is taken back by itself
+	Done      time.Time       `json:"done"`         // when the step was done
 	Undone    time.Time       `json:"undone,omitzero"`
 }
 
-// undoneKept is how long it is remembered that a step was taken back.
-const undoneKept = 24 * time.Hour
+const (
+	// undoneKept is how long it is remembered that a step was taken back.
+	undoneKept = 24 * time.Hour
+	// undoKept is how long a step can be taken back that nothing takes back
+	// by itself.
+	undoKept = 30 * 24 * time.Hour
+)
+
+// over reports whether nobody needs the record any more.
+func (r *undo) over(now time.Time) bool {
+	if !r.Undone.IsZero() {
+		return now.Sub(r.Undone) > undoneKept
+	}
+	return r.Due.IsZero() && now.Sub(r.Done) > undoKept
+}
 
 // undos are all of them.
 type undos struct {
@@ -38,30 +53,57 @@ type undos struct {
 
 func loadUndos(ctx context.Context, state *broker.State) (*undos, error) {
 	u := &undos{state: state, byID: map[string]*undo{}, busy: map[string]bool{}, wake: make(chan struct{}, 1)}
+	var old []string
 	err := state.Each(ctx, "undo.*", func(key string, value []byte, _ time.Time) error {
 		r := &undo{}
 		if err := json.Unmarshal(value, r); err != nil {
 			return fmt.Errorf("read state %s: %w", key, err)
 		}
-		u.byID[key[len("undo."):]] = r
+		if r.over(time.Now()) {
+			old = append(old, key)
+		} else {
+			u.byID[key[len("undo."):]] = r
+		}
 		return nil
 	})
-	return u, err
+	if err != nil {
+		return nil, err
+	}
+	for _, key := range old {
+		if err := state.Delete(ctx, key); err != nil {
+			return nil, err
+		}
+	}
+	return u, nil
+}
+
+// dump adds every record to what a store is to be given.
+func (u *undos) dump(into map[string][]byte) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for id, r := range u.byID {
+		put(into, "undo."+id, r)
+	}
 }
 
 func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res Result) error {
-	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo}
+	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo, Done: time.Now().UTC()}
 	if res.TTL > 0 {
 		r.Due = time.Now().Add(res.TTL).UTC()
 	}
 	u.mu.Lock()
 	u.byID[s.ID] = r
+	maps.DeleteFunc(u.byID, func(_ string, r *undo) bool { return r.over(r.Done) || r.over(time.Now()) })
 	u.mu.Unlock()
+	ttl := undoKept
+	if res.TTL > 0 {
+		ttl = 0 // until it has been taken back, however long that takes
+	}
 	select {
 	case u.wake <- struct{}{}:
 	default:
 	}
-	return u.state.Put(ctx, "undo."+s.ID, r, 0)
+	return u.state.Put(ctx, "undo."+s.ID, r, ttl)
 }
 
 // next is the step that falls due first, and when.

@@ -340,6 +340,9 @@ func (r *rig) start() *responders.Host {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := h.SetRules(ctx, map[string]broker.Mode{"conformance": broker.Enforce}); err != nil {
+		t.Fatal(err)
+	}
 	sub, err := r.broker.Conn().Subscribe("stoop.outcomes.>", r.note)
 	if err != nil {
 		t.Fatal(err)
