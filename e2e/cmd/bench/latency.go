@@ -139,22 +139,30 @@ func (b *bench) latency() {
 			aim:   "at most 3 ms more", held: p99-bare99 <= 3*time.Millisecond,
 		})
 	}
-	s.noteTook()
+	s.noteTook(time.Time{})
 	s.stoop.Stop()
 }
 
-// noteTook says where the time went, by stoop's own account.
-func (s *stage) noteTook() {
+// noteTook says where the time of the steps since then went, by stoop's own
+// account.
+func (s *stage) noteTook(since time.Time) {
 	var stored, matched, requested, done []time.Duration
+	var slowest broker.Took
 	for _, o := range s.stoop.History() {
-		if o.Status != broker.Done {
+		if o.Status != broker.Done || o.Time.Before(since) {
 			continue
 		}
 		for of, took := range map[*[]time.Duration]broker.Micros{&stored: o.Took.Stored, &matched: o.Took.Matched, &requested: o.Took.Requested, &done: o.Took.Done} {
-			*of = append(*of, time.Duration(took)*time.Microsecond)
+			*of = append(*of, micros(took))
+		}
+		if o.Took.Done > slowest.Done {
+			slowest = o.Took
 		}
 	}
-	s.note("By stoop's own account, from the alert's arrival, at p50 and p99: stored after %s and %s, matched after %s and %s, requested after %s and %s, answered by the API server after %s and %s (%d steps).",
+	s.note("By stoop's own account, from the alert's arrival, at p50 and p99: stored after %s and %s, matched after %s and %s, requested after %s and %s, answered by the API server after %s and %s; the slowest of %d steps after %s, %s, %s, %s.",
 		ms(quantile(stored, .5)), ms(quantile(stored, .99)), ms(quantile(matched, .5)), ms(quantile(matched, .99)),
-		ms(quantile(requested, .5)), ms(quantile(requested, .99)), ms(quantile(done, .5)), ms(quantile(done, .99)), len(done))
+		ms(quantile(requested, .5)), ms(quantile(requested, .99)), ms(quantile(done, .5)), ms(quantile(done, .99)), len(done),
+		ms(micros(slowest.Stored)), ms(micros(slowest.Matched)), ms(micros(slowest.Requested)), ms(micros(slowest.Done)))
 }
+
+func micros(m broker.Micros) time.Duration { return time.Duration(m) * time.Microsecond }

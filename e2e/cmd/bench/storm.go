@@ -125,6 +125,7 @@ func (b *bench) storm() {
 		ms(quantile(stormy, .5)), ms(quantile(bareStormy, .5)), ms(quantile(bareStormy, .99)),
 		ms(quantile(quiet, .5)), ms(quantile(bareQuiet, .5)), ms(quantile(bareQuiet, .99)),
 		float64(written)/took.Seconds(), s.stoop.Metric("stoop_alerts_shed_total"), written)
+	s.noteTook(began)
 	s.stoop.Stop()
 }
 
