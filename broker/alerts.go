@@ -454,7 +454,7 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 	}
 	// A pull that got lost is made anew by itself: an error for it would end
 	// the program.
-	it, err := c.Messages(jetstream.PullMaxMessagesWithBytesLimit(2000, 8<<20), jetstream.PullExpiry(pullExpiry),
+	it, err := c.Messages(jetstream.PullMaxMessages(500), jetstream.PullExpiry(pullExpiry),
 		jetstream.WithMessagesErrOnMissingHeartbeat(false))
 	if err != nil {
 		return fmt.Errorf("consume %s: %w", l.name, err)

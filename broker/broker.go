@@ -209,7 +209,7 @@ func (b *Broker) startServer(store string) error {
 		SyncInterval:       b.cfg.Sync,
 		SyncAlways:         b.cfg.SyncAlways,
 		MaxPayload:         maxPayload,
-		MaxPending:         16 << 20,
+		MaxPending:         64 << 20,
 		Users: []*server.User{
 			{Username: userStoop, Password: b.secret},
 			{Username: userAPI, Password: b.secret, Permissions: &server.Permissions{

@@ -110,6 +110,23 @@ func TestAlertsAreRoutedInOrderAndLanesApart(t *testing.T) {
 	}
 }
 
+// A consumer was once seen to stand still amid many messages, when its pulls were
+// bound by bytes.
+func TestAFloodIsRoutedToItsEnd(t *testing.T) {
+	b := brokertest.Open(t, broker.Config{Dir: t.TempDir()})
+	var other ids
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add) })
+	const n, chunk = 60_000, 500
+	for i := 0; i < n; i += chunk {
+		batch := make([]broker.Arrival, chunk)
+		for j := range batch {
+			batch[j] = arrival(t, i+j, "Debug")
+		}
+		store(t, b, batch...)
+	}
+	eventually(t, "all routed", func() bool { return other.len() == n && b.Unrouted() == 0 })
+}
+
 func TestWhatAKilledProcessStoredIsNotStoredAgain(t *testing.T) {
 	dir := t.TempDir()
 	b := brokertest.Open(t, broker.Config{Dir: dir})

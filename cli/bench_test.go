@@ -76,7 +76,10 @@ func BenchmarkWay(b *testing.B) {
 			chunk = chunk[:0]
 		}
 	}
-	for {
+	for end := time.Now().Add(30 * time.Second); ; {
+		if time.Now().After(end) {
+			b.Fatalf("%d of %d alerts are routed, and no end in sight", r.Routed(), b.N)
+		}
 		if waiting, _, _ := in.Backlog(); waiting == 0 && store.Unrouted() == 0 && r.Routed() >= uint64(b.N) {
 			break
 		}
