@@ -236,8 +236,9 @@ func TestAFullQueueGivesTheLeastUrgentUp(t *testing.T) {
 		}
 		store(t, b, batch...)
 	}
-	store(t, b, arrival(t, 0, "Critical"))
 	eventually(t, "all routed", func() bool { return b.Unrouted() == 0 })
+	store(t, b, arrival(t, 0, "Critical"))
+	eventually(t, "the critical one is routed", func() bool { return b.Unrouted() == 0 })
 	failed := 0
 	if err := b.Outcomes(t.Context(), time.Time{}, func(o broker.Outcome) error {
 		if o.Status != broker.Failed || !strings.Contains(o.Reason, broker.ErrQueueFull.Error()) {
