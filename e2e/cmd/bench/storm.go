@@ -192,13 +192,17 @@ func (b *bench) throughput() {
 	sampler.Wait()
 	routed, shed := s.Metric("stoop_alerts_routed_total"), s.Metric("stoop_alerts_shed_total")
 	rate := routed / took.Seconds()
+	cpu, err := harness.CPU(s.Process().PID)
+	if err != nil {
+		b.Fatalf("%v", err)
+	}
 	b.add(row{
 		what:  fmt.Sprintf("FIFO → stored → matched against 20 rules, one with `where`, alerts of 1 KiB (%d)", n),
 		stoop: fmt.Sprintf("%.0f a second", rate), bare: fmt.Sprintf("%.0f a second (JetStream storing alone)", bare),
 		ratio: over(rate, bare), aim: "over 60,000 a second", held: rate > 60_000 && shed == 0,
 	})
-	b.note("At full speed the writer was done after %s of %s; stoop shed %.0f of %d alerts and held at most %s.",
-		written.Round(10*time.Millisecond), took.Round(10*time.Millisecond), shed, n, mib(peak))
+	b.note("At full speed the writer was done after %s of %s; stoop shed %.0f of %d alerts, held at most %s, and used %.1f µs of processor time an alert.",
+		written.Round(10*time.Millisecond), took.Round(10*time.Millisecond), shed, n, mib(peak), float64(cpu.Microseconds())/float64(n))
 	s.Stop()
 }
 
