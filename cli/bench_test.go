@@ -9,11 +9,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"stoop/alert"
 	"stoop/broker"
 	"stoop/broker/brokertest"
 	"stoop/pipe"
@@ -45,7 +47,10 @@ func BenchmarkWay(b *testing.B) {
 	})
 	sw := newStoreSwitch()
 	sw.use(store)
-	in := pipe.NewIntake(pipe.Options{Store: sw})
+	// The writer is faster than any Falco: what does not fit into the intake is
+	// shed, and counted here as dealt with.
+	var shed atomic.Int64
+	in := pipe.NewIntake(pipe.Options{Store: sw, OnShed: func(_ alert.Priority, n int) { shed.Add(int64(n)) }})
 	path := filepath.Join(dir, "falco.pipe")
 	fifo, err := pipe.OpenFIFO(path)
 	if err != nil {
@@ -80,12 +85,13 @@ func BenchmarkWay(b *testing.B) {
 		if time.Now().After(end) {
 			b.Fatalf("%d of %d alerts are routed, and no end in sight", r.Routed(), b.N)
 		}
-		if waiting, _, _ := in.Backlog(); waiting == 0 && store.Unrouted() == 0 && r.Routed() >= uint64(b.N) {
+		if waiting, _, _ := in.Backlog(); waiting == 0 && store.Unrouted() == 0 && r.Routed()+uint64(shed.Load()) >= uint64(b.N) {
 			break
 		}
 		time.Sleep(time.Millisecond)
 	}
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "alerts/s")
+	b.ReportMetric(float64(r.Routed())/b.Elapsed().Seconds(), "alerts/s")
+	b.ReportMetric(float64(shed.Load()), "shed")
 }
 
 // benchRules are 20 rules, one of them with where, none of which matches.

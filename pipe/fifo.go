@@ -265,6 +265,8 @@ type peek struct {
 	spilled int  // bytes of the unfinished line that were consumed, because the FIFO was full of it
 	hurry   bool // a read deadline may be set
 
+	fullSince time.Time // the second goroutine's: since when the writer is held up
+
 	mu      sync.Mutex
 	seen    int   // bytes at the head of the FIFO that were read and not consumed
 	era     int   // counts how often somebody else read from the FIFO
@@ -458,6 +460,11 @@ func (p *peek) consume(ctx context.Context) {
 		leave    bool
 	)
 	for m := range p.marks {
+		// A store that answers in time and yet takes less than Falco writes
+		// would hold Falco up for good.
+		if m.ticket != nil && ctx.Err() == nil && p.stalled(time.Now()) {
+			patience.late = m.ticket
+		}
 		if leave || !patience.wait(m.ticket) && ctx.Err() != nil {
 			leave = true
 			continue
@@ -477,6 +484,26 @@ func (p *peek) consume(ctx context.Context) {
 		}
 		p.mu.Unlock()
 	}
+}
+
+// stalled reports whether the writer has been held up for longer than
+// [Patience]: whether for so long the FIFO was full whenever it was looked at.
+func (p *peek) stalled(now time.Time) bool {
+	full := false
+	_ = p.control(func(fd int) error {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		n, err := unix.Poll(fds, 0)
+		full = err == nil && n == 0
+		return nil
+	})
+	if !full {
+		p.fullSince = time.Time{}
+		return false
+	}
+	if p.fullSince.IsZero() {
+		p.fullSince = now
+	}
+	return now.Sub(p.fullSince) > Patience
 }
 
 // discard takes n bytes out of a pipe without copying them.

@@ -21,7 +21,7 @@ const DefaultLimit = 16 << 20
 
 const (
 	batchAlerts = 512
-	batchBytes  = 256 << 10
+	batchBytes  = 512 << 10
 	// storeTimeout bounds one call of the store.
 	storeTimeout = 5 * time.Second
 	// A store that refuses is asked again after retryFirst, then after twice
