@@ -29,8 +29,8 @@ actions:
   - slack: {channel: "#security"}
 ` + "```" + `
 
-They are done in order. A step that fails does not stop the ones after it, unless it
-says onFailure: stop. "Harms" means that every guard is asked before it acts (mode,
+They are done in order, but none waits for people to be told (rules.md says how). A step
+that fails does not stop the ones after it, unless it says onFailure: stop. "Harms" means that every guard is asked before it acts (mode,
 pause, protected namespaces, cooldown, limits); evidence and notifications are never
 held back by these, but in audit mode they are only told of as well.
 
