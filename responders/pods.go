@@ -32,6 +32,7 @@ const (
 	// After that the step is given back, and asks again every now and then for
 	// as long as podPatience: it holds no place meanwhile.
 	podPatience = 30 * time.Second
+	podBrief    = 2 * time.Second // where only the watch can be behind
 	podAgain    = 500 * time.Millisecond
 	// Pods that went are remembered for a while, so that an alert for one of
 	// them is told that, and does not wait for it to appear.
@@ -179,7 +180,7 @@ func (p *Pods) noteHealth(ctx context.Context, verb string, err error) {
 //
 // What is not there yet is waited for, 200 ms at the most and only as long as ctx
 // lasts; after that the error is a [Retry], until it has been asked for in vain
-// for 30 s. The pod is shared, cut down to what stoop uses, and not to be changed.
+// for 30 s (2 s where only the watch can be behind). The pod is shared, cut down to what stoop uses, and not to be changed.
 func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, resolved alert.Target, err error) {
 	if t.Host {
 		return nil, t, fmt.Errorf("the host itself raised the alert: %w", errNoPod)
@@ -213,14 +214,14 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 	for of := p.proc.look(t); ; {
 		p.mu.Lock()
 		changed := p.changed
-		found, wait := p.find(t, of)
-		wait = wait && !p.waitedInVain(t)
+		found, patience := p.find(t, of)
+		vain := p.waitedInVain(t)
 		p.mu.Unlock()
-		if found.err == nil || !wait {
+		if found.err == nil || patience == 0 || vain {
 			return found.pod, found.target, found.err
 		}
 		if !p.first(t) {
-			return nil, found.target, p.later(t, found.err)
+			return nil, found.target, p.later(t, patience, found.err)
 		}
 		select {
 		case <-changed:
@@ -228,7 +229,7 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 			if whole.Err() != nil {
 				return nil, found.target, found.err
 			}
-			return nil, found.target, p.later(t, found.err)
+			return nil, found.target, p.later(t, patience, found.err)
 		}
 	}
 }
@@ -240,36 +241,36 @@ type answer struct {
 	err    error
 }
 
-// find looks for the target, and says whether waiting may bring another
-// answer.
-func (p *Pods) find(t alert.Target, of process) (a answer, wait bool) {
+// find looks for the target, and says for how long waiting may bring another
+// answer; 0: it won't.
+func (p *Pods) find(t alert.Target, of process) (a answer, patience time.Duration) {
 	live, id, err := p.proved(t, of)
 	if err != nil {
-		return answer{target: t, err: err}, false
+		return answer{target: t, err: err}, 0
 	}
 	if live != nil {
 		if what := differs(t, live.Pod); what != "" {
 			return answer{target: t, err: fmt.Errorf("the alert names %s, but its container or process is one of pod %s: %w",
-				what, key(live), errUnproved)}, false
+				what, key(live), errUnproved)}, 0
 		}
-		return answer{pod: live.Pod, target: filled(t, live, id)}, false
+		return answer{pod: live.Pod, target: filled(t, live, id)}, 0
 	}
 	named := p.named(t)
 	if g := p.findGone(t, of, named != nil); g != nil {
 		return answer{target: filled(t, g.nodePod, ""), err: fmt.Errorf("pod %s (uid %s) was deleted %s ago: %w",
-			key(g.nodePod), g.UID, time.Since(g.at).Round(time.Millisecond), ErrGone)}, false
+			key(g.nodePod), g.UID, time.Since(g.at).Round(time.Millisecond), ErrGone)}, 0
 	}
 	switch {
 	case named != nil && t.UID != "" && types.UID(t.UID) != named.UID:
 		return answer{target: t, err: fmt.Errorf("the alert is of pod %s with uid %s, the one of that name has uid %s by now: %w",
-			key(named), t.UID, named.UID, ErrGone)}, true
+			key(named), t.UID, named.UID, ErrGone)}, podBrief
 	case named != nil && t.Container != "":
 		return answer{target: t, err: fmt.Errorf("container %s is none of pod %s, which may be the one's replacement: %w",
-			t.Container, key(named), errUnproved)}, true
+			t.Container, key(named), errUnproved)}, podPatience
 	case named != nil:
-		return answer{target: t, err: fmt.Errorf("the alert names pod %s, but no container or process of it: %w", key(named), errUnproved)}, false
+		return answer{target: t, err: fmt.Errorf("the alert names pod %s, but no container or process of it: %w", key(named), errUnproved)}, 0
 	case t.Container == "" && t.Pod == "" && t.UID == "" && of == process{}:
-		return answer{target: t, err: fmt.Errorf("process %d is not there any more, or in no pod: %w", t.PID, errNoPod)}, false
+		return answer{target: t, err: fmt.Errorf("process %d is not there any more, or in no pod: %w", t.PID, errNoPod)}, 0
 	}
 	what := "container " + t.Container
 	switch {
@@ -283,7 +284,7 @@ func (p *Pods) find(t alert.Target, of process) (a answer, wait bool) {
 	case t.Container == "":
 		what = fmt.Sprintf("pod of process %d", t.PID)
 	}
-	return answer{target: t, err: fmt.Errorf("there is no %s on node %s: %w", what, p.node, ErrGone)}, true
+	return answer{target: t, err: fmt.Errorf("there is no %s on node %s: %w", what, p.node, ErrGone)}, podPatience
 }
 
 // proved is the pod that t's container or process proves, and the container's
@@ -394,7 +395,7 @@ func (p *Pods) first(t alert.Target) bool {
 
 // later is the error for a target that has not appeared: to be asked for again,
 // or for good.
-func (p *Pods) later(t alert.Target, err error) error {
+func (p *Pods) later(t alert.Target, patience time.Duration, err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if t.Container == "" {
@@ -408,7 +409,7 @@ func (p *Pods) later(t alert.Target, err error) error {
 		}
 		p.waited[t.Container] = since
 	}
-	if time.Since(since) < p.longer {
+	if time.Since(since) < min(patience, p.longer) {
 		return Retry(err, podAgain)
 	}
 	delete(p.waited, t.Container)
