@@ -88,6 +88,9 @@ type Broker struct {
 	fail     context.CancelCauseFunc
 	state    *State
 	closed   sync.Once
+
+	syncing  sync.WaitGroup
+	stopSync context.CancelFunc
 }
 
 // Lock takes the data folder for this process, for as long as it lives, and
@@ -161,6 +164,11 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	if b.seen, err = b.lastStored(ctx); err != nil {
 		return nil, err
 	}
+	if !cfg.memory() && !cfg.SyncAlways {
+		syncing, stop := context.WithCancel(context.Background())
+		b.stopSync = stop
+		b.syncing.Go(func() { b.syncLoop(syncing, store, cfg.Sync) })
+	}
 	return b, nil
 }
 
@@ -206,7 +214,7 @@ func (b *Broker) startServer(store string) error {
 		StoreDir:           store,
 		JetStreamMaxStore:  b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize + 64<<20,
 		JetStreamMaxMemory: b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize,
-		SyncInterval:       b.cfg.Sync,
+		SyncInterval:       serverSync,
 		SyncAlways:         b.cfg.SyncAlways,
 		MaxPayload:         maxPayload,
 		MaxPending:         64 << 20,
@@ -283,6 +291,10 @@ func (b *Broker) Conn() *nats.Conn { return b.conn }
 // have returned before; what was stored stays stored.
 func (b *Broker) Close() {
 	b.closed.Do(func() {
+		if b.stopSync != nil {
+			b.stopSync()
+			b.syncing.Wait()
+		}
 		if b.conn != nil {
 			b.conn.Close()
 		}
