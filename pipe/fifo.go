@@ -44,6 +44,7 @@ type FIFO struct {
 	file    *os.File
 	raw     syscall.RawConn // of file
 	scratch [2]int          // the two ends of the scratch pipe
+	size    int             // bytes that the FIFO holds at most
 	null    int             // where bytes go that are not wanted, without being copied
 }
 
@@ -135,6 +136,7 @@ func (f *FIFO) prepare(size int) (err error) {
 		// should show all that the FIFO holds.
 		_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, size)
 		if got, err := unix.FcntlInt(uintptr(fd), unix.F_GETPIPE_SZ, 0); err == nil {
+			f.size = got
 			_, _ = unix.FcntlInt(uintptr(f.scratch[0]), unix.F_SETPIPE_SZ, got)
 		}
 		return nil
@@ -265,14 +267,13 @@ type peek struct {
 	spilled int  // bytes of the unfinished line that were consumed, because the FIFO was full of it
 	hurry   bool // a read deadline may be set
 
-	fullSince time.Time // the second goroutine's: since when the writer is held up
-
 	mu      sync.Mutex
-	seen    int   // bytes at the head of the FIFO that were read and not consumed
-	era     int   // counts how often somebody else read from the FIFO
-	blocked bool  // there is more in the FIFO than the scratch pipe can show
-	full    bool  // the writer can't go on until something is consumed
-	failed  error // of the second goroutine
+	seen    int       // bytes at the head of the FIFO that were read and not consumed
+	era     int       // counts how often somebody else read from the FIFO
+	blocked bool      // there is more in the FIFO than the scratch pipe can show
+	full    bool      // the writer can't go on until something is consumed
+	failed  error     // of the second goroutine
+	behind  time.Time // since when the FIFO is half full whenever it is looked at
 }
 
 // kick makes a wait for more return.
@@ -391,6 +392,11 @@ func (p *peek) look() (fresh int, limited bool, era int, err error) {
 		if n == p.seen {
 			return nil
 		}
+		if n < p.size/2 {
+			p.behind = time.Time{}
+		} else if p.behind.IsZero() {
+			p.behind = time.Now()
+		}
 		copied, err := tee(fd, p.scratch[1])
 		if err != nil {
 			return fmt.Errorf("tee(2): %w", err)
@@ -486,24 +492,12 @@ func (p *peek) consume(ctx context.Context) {
 	}
 }
 
-// stalled reports whether the writer has been held up for longer than
-// [Patience]: whether for so long the FIFO was full whenever it was looked at.
+// stalled reports whether the FIFO has been half full, or more, for longer than
+// [Patience]: its writer is held up by then, or about to be.
 func (p *peek) stalled(now time.Time) bool {
-	full := false
-	_ = p.control(func(fd int) error {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-		n, err := unix.Poll(fds, 0)
-		full = err == nil && n == 0
-		return nil
-	})
-	if !full {
-		p.fullSince = time.Time{}
-		return false
-	}
-	if p.fullSince.IsZero() {
-		p.fullSince = now
-	}
-	return now.Sub(p.fullSince) > Patience
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.behind.IsZero() && now.Sub(p.behind) > Patience
 }
 
 // discard takes n bytes out of a pipe without copying them.

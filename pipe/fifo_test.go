@@ -234,6 +234,30 @@ func TestFIFOConsumesAfterTheStore(t *testing.T) {
 
 // A store that hangs, and then refuses, must not stall Falco: it is held up
 // once, and then the FIFO is drained into memory, and the least urgent is shed.
+// A store that answers in time and yet takes less than is written does not hold
+// the writer up: the intake's memory does, once it is full.
+func TestFIFOStoreThatFallsBehind(t *testing.T) {
+	store := &shelf{before: func(ctx context.Context, batch []Arrival) (int, error) {
+		select {
+		case <-time.After(Patience * 6 / 10): // for 512 KiB: less than 9 MB a second
+		case <-ctx.Done():
+		}
+		return len(batch), nil
+	}}
+	in, _ := intake(t, Options{Store: store})
+	fifo, w := pipes(t, 1<<20)
+	start(t, fifo, in)
+	const mb = 12
+	text := strings.Repeat(sized("debug", "Debug", 1000), 64)
+	begun := time.Now()
+	for written := 0; written < mb<<20; written += len(text) {
+		must(t, 0, first(w.WriteString(text)))
+	}
+	if took := time.Since(begun); took > 900*time.Millisecond {
+		t.Errorf("writing %d MiB took %v", mb, took)
+	}
+}
+
 func TestFIFOSlowStore(t *testing.T) {
 	for _, size := range []int{64 << 10, 1 << 20} {
 		t.Run(fmt.Sprintf("%d KiB", size>>10), func(t *testing.T) {
