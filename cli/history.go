@@ -1,0 +1,134 @@
+package cli
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"stoop/broker"
+)
+
+func (p *program) historyCommand() *cobra.Command {
+	var output string
+	var since time.Duration
+	cmd := &cobra.Command{
+		Use:   "history",
+		Short: "Say what was done, to what, why, and how long it took",
+		Long: `Lists the outcome of each step, oldest first. A step that was tried several times
+is listed once, with how it ended. Without a running stoop it reads a copy of
+the data folder.`,
+		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'",
+		Args:    cobra.NoArgs,
+	}
+	data := dataFlag(cmd)
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	cmd.Flags().DurationVar(&since, "since", 0, "only the last `DURATION`, such as 1h (default: all that is kept)")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkOutput(output); err != nil {
+			return err
+		}
+		var from time.Time
+		if since > 0 {
+			from = time.Now().Add(-since)
+		}
+		return p.history(cmd.Context(), *data, from, output == "json")
+	}
+	return cmd
+}
+
+func (p *program) history(ctx context.Context, data string, since time.Time, asJSON bool) error {
+	var all []broker.Outcome
+	at := map[string]int{} // where a step's outcome is in all
+	each := func(o broker.Outcome) error {
+		// One line a step: how it ended stands in the place of a try; that it
+		// was taken back is a line of its own.
+		key := o.ID
+		if o.Actor != "" {
+			key += "\x00" + o.Actor + string(o.Status)
+		}
+		if i, ok := at[key]; ok {
+			all[i] = o
+			return nil
+		}
+		at[key] = len(all)
+		all = append(all, o)
+		return nil
+	}
+	if err := readHistory(ctx, data, since, each); err != nil {
+		return err
+	}
+	out := bufio.NewWriter(p.stdout)
+	defer out.Flush()
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetEscapeHTML(false)
+		for _, o := range all {
+			if err := enc.Encode(o); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(all) == 0 {
+		fmt.Fprintln(out, "nothing was done, and nothing would have been")
+		return nil
+	}
+	t := &table{head: []string{"TIME", "STATUS", "RESPONDER", "TARGET AND REASON"}}
+	for _, o := range all {
+		what := targetText(o)
+		for _, part := range []string{tookText(o), "rule " + o.Rule, o.Reason} {
+			if part != "" && part != "rule " {
+				what = strings.TrimPrefix(what+"; "+part, "; ")
+			}
+		}
+		if o.Actor != "" {
+			what += "; by " + o.Actor
+		}
+		if o.Undo {
+			what += "; undo: stoop undo " + o.ID
+		}
+		t.add(o.Time.Local().Format("01-02 15:04:05"), string(o.Status), o.Responder, what)
+	}
+	t.print(out, width(p.stdout))
+	return nil
+}
+
+// readHistory asks the running stoop, or reads a copy of the data folder.
+func readHistory(ctx context.Context, data string, since time.Time, each func(broker.Outcome) error) error {
+	c, err := broker.Dial(data)
+	if err == nil {
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(ctx, askTimeout)
+		defer cancel()
+		return askHistory(ctx, c, since, each)
+	}
+	if !errors.Is(err, broker.ErrNotRunning) {
+		return err
+	}
+	store := filepath.Join(data, "store")
+	if _, err := os.Stat(store); err != nil {
+		return fmt.Errorf("%s holds no history: %w", data, err)
+	}
+	tmp, err := os.MkdirTemp("", "stoop-history-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.CopyFS(filepath.Join(tmp, "store"), os.DirFS(store)); err != nil {
+		return fmt.Errorf("copy the data folder: %w", err)
+	}
+	b, err := broker.Open(ctx, broker.Config{Dir: tmp})
+	if err != nil {
+		return fmt.Errorf("read a copy of %s: %w", data, err)
+	}
+	defer b.Close()
+	return b.Outcomes(ctx, since, each)
+}

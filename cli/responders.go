@@ -1,0 +1,112 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"stoop/responders"
+)
+
+func (p *program) respondersCommand() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:     "responders [NAME]",
+		Short:   "List what stoop can do, with parameters",
+		Long:    "Lists the responders that rules can name, with their parameters, their defaults\nand the permissions that they need.",
+		Example: "  stoop responders\n  stoop responders isolate-pod",
+		Args:    cobra.MaximumNArgs(1),
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
+		if err := checkOutput(output); err != nil {
+			return err
+		}
+		entries := responders.All()
+		if len(args) == 1 {
+			i := slices.IndexFunc(entries, func(e responders.Entry) bool { return e.Name == args[0] })
+			if i < 0 {
+				return usage("there is no responder %q (stoop responders lists them)", args[0])
+			}
+			entries = entries[i : i+1]
+		}
+		if output == "json" {
+			return p.respondersJSON(entries)
+		}
+		w := width(p.stdout)
+		if w == 0 {
+			w = 80
+		}
+		for i, e := range entries {
+			if i > 0 {
+				fmt.Fprintln(p.stdout)
+			}
+			fmt.Fprintln(p.stdout, e.Name)
+			for _, l := range wrap(e.Doc, w-2) {
+				fmt.Fprintln(p.stdout, "  "+l)
+			}
+			t := &table{head: []string{"  parameter", "type", "default", "meaning"}}
+			for _, f := range e.Params.Fields {
+				def := f.Default
+				if f.Required {
+					def = "(required)"
+				}
+				typ := f.Type
+				if len(f.OneOf) > 0 {
+					typ = strings.Join(f.OneOf, "|")
+				}
+				t.add("  "+f.Name, typ, def, f.Doc)
+			}
+			t.print(p.stdout, w)
+			for _, r := range e.RBAC {
+				fmt.Fprintf(p.stdout, "  needs %s on %s\n", strings.Join(r.Verbs, ", "), strings.Join(r.Resources, ", "))
+			}
+		}
+		return nil
+	}
+	return cmd
+}
+
+func (p *program) respondersJSON(entries []responders.Entry) error {
+	type param struct {
+		Name     string   `json:"name"`
+		Type     string   `json:"type"`
+		Default  string   `json:"default,omitempty"`
+		Required bool     `json:"required,omitempty"`
+		OneOf    []string `json:"oneOf,omitempty"`
+		Doc      string   `json:"doc"`
+	}
+	type responder struct {
+		Name   string  `json:"name"`
+		Doc    string  `json:"doc"`
+		Params []param `json:"params,omitempty"`
+		RBAC   any     `json:"rbac,omitempty"`
+	}
+	enc := json.NewEncoder(p.stdout)
+	for _, e := range entries {
+		r := responder{Name: e.Name, Doc: e.Doc}
+		if len(e.RBAC) > 0 {
+			r.RBAC = e.RBAC
+		}
+		for _, f := range e.Params.Fields {
+			r.Params = append(r.Params, param{f.Name, f.Type, f.Default, f.Required, f.OneOf, f.Doc})
+		}
+		if err := enc.Encode(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *program) versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Long: "Prints the version.", Example: "  stoop version", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Fprintf(p.stdout, "stoop %s\n", version())
+			return err
+		},
+	}
+}
