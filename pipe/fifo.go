@@ -467,11 +467,10 @@ func (p *peek) consume(ctx context.Context) {
 	)
 	for m := range p.marks {
 		// A store that answers in time and yet takes less than Falco writes
-		// would hold Falco up for good.
-		if m.ticket != nil && ctx.Err() == nil && p.stalled(time.Now()) {
-			patience.late = m.ticket
-		}
-		if leave || !patience.wait(m.ticket) && ctx.Err() != nil {
+		// would hold Falco up: half of the intake's memory evens that out. Falco
+		// waits when it goes on beyond that, which loses nothing.
+		rush := m.ticket != nil && ctx.Err() == nil && p.stalled(time.Now()) && p.in.halfEmpty()
+		if leave || !rush && !patience.wait(m.ticket) && ctx.Err() != nil {
 			leave = true
 			continue
 		}

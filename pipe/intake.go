@@ -210,6 +210,13 @@ func (in *Intake) Backlog() (alerts, bytes int, oldest time.Time) {
 	return in.alerts, in.bytes, oldest
 }
 
+// halfEmpty reports whether half of the memory or more is free.
+func (in *Intake) halfEmpty() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.bytes < in.limit/2
+}
+
 // Ticket stands for arrivals that were put, until each of them is stored or
 // lost.
 type Ticket struct {
