@@ -462,15 +462,16 @@ func (p *peek) robbed(n int) {
 // stored.
 func (p *peek) consume(ctx context.Context) {
 	var (
-		patience patience
-		leave    bool
-	)
-	for m := range p.marks {
 		// A store that answers in time and yet takes less than Falco writes
 		// would hold Falco up: half of the intake's memory evens that out. Falco
 		// waits when it goes on beyond that, which loses nothing.
-		rush := m.ticket != nil && ctx.Err() == nil && p.stalled(time.Now()) && p.in.halfEmpty()
-		if leave || !rush && !patience.wait(m.ticket) && ctx.Err() != nil {
+		patience = patience{in: p.in, rush: func() bool {
+			return ctx.Err() == nil && p.stalled(time.Now()) && p.in.halfEmpty()
+		}}
+		leave bool
+	)
+	for m := range p.marks {
+		if leave || !patience.wait(m.ticket) && ctx.Err() != nil {
 			leave = true
 			continue
 		}

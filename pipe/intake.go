@@ -68,19 +68,20 @@ type Intake struct {
 	running sync.WaitGroup // the lanes
 	telling sync.WaitGroup
 
-	mu      sync.Mutex
-	queues  [classes]struct{ sheddable, kept queue }
-	waiting [lanes]int // alerts in the queues of a lane
-	alerts  int        // queued and on the way to the store
-	bytes   int        // the same
-	kept    int        // bytes of those that may not be shed
-	seq     uint64
-	wake    [lanes]chan struct{} // holds one token when a lane has something to do
-	room    chan struct{}        // closed, and made anew, when something was settled
-	closed  bool
-	sending [lanes][]item // on the way to the store
-	shed    [classes]int  // not said yet
-	shedNow chan struct{} // holds one token when there is something to say
+	mu       sync.Mutex
+	queues   [classes]struct{ sheddable, kept queue }
+	waiting  [lanes]int // alerts in the queues of a lane
+	alerts   int        // queued and on the way to the store
+	bytes    int        // the same
+	kept     int        // bytes of those that may not be shed
+	seq      uint64
+	wake     [lanes]chan struct{} // holds one token when a lane has something to do
+	room     chan struct{}        // closed, and made anew, when something was settled
+	closed   bool
+	sending  [lanes][]item // on the way to the store
+	storedAt time.Time     // when the store took something last
+	shed     [classes]int  // not said yet
+	shedNow  chan struct{} // holds one token when there is something to say
 }
 
 // A class is a queue: one for each priority, and one for lines that are no
@@ -208,6 +209,13 @@ func (in *Intake) Backlog() (alerts, bytes int, oldest time.Time) {
 		}
 	}
 	return in.alerts, in.bytes, oldest
+}
+
+// lastStored is when the store took something last.
+func (in *Intake) lastStored() time.Time {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.storedAt
 }
 
 // halfEmpty reports whether half of the memory or more is free.
@@ -360,7 +368,9 @@ func (in *Intake) settle(it *item, stored bool) {
 		in.kept -= it.weight
 	}
 	t := it.ticket
-	if !stored {
+	if stored {
+		in.storedAt = time.Now()
+	} else {
 		t.lost++
 	}
 	if t.left--; t.left == 0 {

@@ -60,6 +60,8 @@ type Source interface {
 // Once it has waited in vain, it does not wait again until the store has caught
 // up with what it waited for: the writer is held up once, not for every piece.
 type patience struct {
+	in   *Intake     // a store that takes alerts in time is waited for, up to patienceMost
+	rush func() bool // whether there is no time even for that; nil: there is
 	late *Ticket
 }
 
@@ -68,6 +70,9 @@ func (p *patience) wait(t *Ticket) bool {
 	if t == nil || t.settled() {
 		return true
 	}
+	if p.rush != nil && p.rush() {
+		return false
+	}
 	if p.late != nil && !p.late.settled() {
 		p.late = t
 		return false
@@ -75,11 +80,25 @@ func (p *patience) wait(t *Ticket) bool {
 	p.late = nil
 	timer := time.NewTimer(Patience)
 	defer timer.Stop()
-	select {
-	case <-t.Done():
-		return true
-	case <-timer.C:
+	for begun := time.Now(); ; {
+		select {
+		case <-t.Done():
+			return true
+		case <-timer.C:
+		}
+		if p.rush != nil && p.rush() {
+			return false
+		}
+		// It is not slow for there being much before t.
+		if left := Patience - time.Since(p.in.lastStored()); left > 0 && time.Since(begun) < patienceMost {
+			timer.Reset(left)
+			continue
+		}
 		p.late = t
 		return false
 	}
 }
+
+// patienceMost bounds how long a ticket is waited for while the store takes
+// others.
+const patienceMost = time.Second

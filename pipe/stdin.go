@@ -43,7 +43,7 @@ func (s *Stdin) Run(ctx context.Context, in *Intake) error {
 	}
 	defer input.close()
 
-	w := &readAhead{in: in, canWait: info.Mode().IsRegular()}
+	w := &readAhead{in: in, canWait: info.Mode().IsRegular(), patience: patience{in: in}}
 	r := newReader(broker.OriginStdin, in)
 	buf := make([]byte, pieceSize)
 	for {
