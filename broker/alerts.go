@@ -427,6 +427,14 @@ const (
 // acknowledged when its steps are stored. It returns when ctx is done, or when
 // the store fails.
 func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step) error {
+	err := b.routeAlerts(ctx, urgent, match)
+	if ctx.Err() != nil {
+		return nil // stopped, be it while the consumer was being made
+	}
+	return err
+}
+
+func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step) error {
 	l := b.lane(urgent)
 	nc, err := b.Connect("router " + l.name)
 	if err != nil {
@@ -467,7 +475,6 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 	}
 	window := make(chan routing, routeWindow)
 	done := make(chan error, 1)
-	stopped := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() { // waits for the steps' acknowledgements, in order
@@ -513,11 +520,7 @@ func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Store
 		m, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {
 			close(window)
-			werr := <-done
-			if stopped.Err() != nil {
-				return nil
-			}
-			return errors.Join(err, werr)
+			return errors.Join(err, <-done)
 		}
 		r := routing{msg: m}
 		if s := newStored(m); s != nil {

@@ -503,3 +503,22 @@ func TestAHostileClient(t *testing.T) {
 		t.Errorf("the client wrote STATE: %t %v", ok, err)
 	}
 }
+
+func TestStoppedWhileItBeginsIsNoFault(t *testing.T) {
+	b := brokertest.New(t)
+	if err := b.OpenSteps(t.Context(), "one"); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*100*time.Microsecond)
+		if err := b.RouteAlerts(ctx, true, func(*broker.Stored) []*broker.Step { return nil }); err != nil {
+			t.Errorf("the router, stopped after %d µs: %v", i*100, err)
+		}
+		cancel()
+		ctx, cancel = context.WithTimeout(t.Context(), time.Duration(i)*100*time.Microsecond)
+		if err := b.ConsumeSteps(ctx, "one", 1, func(context.Context, *broker.Delivery) {}); err != nil {
+			t.Errorf("a responder, stopped after %d µs: %v", i*100, err)
+		}
+		cancel()
+	}
+}

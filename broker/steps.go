@@ -296,6 +296,14 @@ func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
 // of them at a time, until ctx is done; it returns when the last handle has.
 // handle ends each with Ack or Retry; one it ends with neither is given again.
 func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency int, handle func(context.Context, *Delivery)) error {
+	err := b.consumeSteps(ctx, responder, concurrency, handle)
+	if ctx.Err() != nil {
+		return nil // stopped, be it while the consumer was being made
+	}
+	return err
+}
+
+func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency int, handle func(context.Context, *Delivery)) error {
 	nc, err := b.Connect("responder " + responder)
 	if err != nil {
 		return err
@@ -337,9 +345,6 @@ func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency
 		}
 		m, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
 			return fmt.Errorf("consume the steps of %s: %w", responder, err)
 		}
 		step := &Step{}
