@@ -22,6 +22,8 @@ import (
 
 	"stoop/alert"
 	"stoop/broker"
+	"stoop/evidence"
+	"stoop/node"
 	"stoop/param"
 )
 
@@ -62,6 +64,7 @@ type Entry struct {
 	Notes  string             // what to mind; for the documentation
 	Params *param.Description // with the defaults that are used
 	RBAC   []rbacv1.PolicyRule
+	Needs  []node.Need // of the machine, where it acts on the node itself
 	Kind   Kind
 	Object Object // what a step of it acts on
 	// Deadline bounds one try of a step.
@@ -94,6 +97,14 @@ type Object int
 const (
 	NoObject Object = iota
 	PodObject
+	// ContainerObject is the alert's container on this node, found in its
+	// cgroup and proved to be in no protected namespace; no API server is asked.
+	ContainerObject
+	// ProcessObject is the alert's process on this node, held by a pidfd.
+	ProcessObject
+	// HostObject is something of the host itself: only alerts of the host
+	// (container.id: host) have one.
+	HostObject
 )
 
 // Env is what responders are built with.
@@ -103,15 +114,22 @@ type Env struct {
 	Node    string
 	Cluster string
 	Data    string // the data folder
-	Log     *slog.Logger
+	// Local is this machine; nil where stoop has nothing to do with the node
+	// that the alerts come from (a laptop).
+	Local    *node.Node
+	Evidence *evidence.Store
+	Self     Self // what stoop is known by
+	Log      *slog.Logger
 }
 
 // Request is one step for a responder.
 type Request struct {
-	Step   *broker.Step
-	Alert  *alert.Alert
-	Target alert.Target // resolved: what the alert left out is filled in
-	Pod    *corev1.Pod  // proved to be the one that raised the alert; for [PodObject]. Shared: not to be changed
+	Step      *broker.Step
+	Alert     *alert.Alert
+	Target    alert.Target    // resolved: what the alert left out is filled in
+	Pod       *corev1.Pod     // proved to be the one that raised the alert; for [PodObject]. Shared: not to be changed
+	Container *node.Container // for [ContainerObject]; for [ProcessObject] the one it runs in, if any
+	Process   *node.Process   // for [ProcessObject]; the host closes it
 	// Resumed says that an earlier run of this very step was cut off after it
 	// was about to act: look at the world before acting, so that nothing is
 	// asked for twice.
@@ -120,6 +138,15 @@ type Request struct {
 
 // Decode reads the step's parameters over the defaults in params.
 func (r *Request) Decode(params any) error { return param.Decode(r.Step.Params, params) }
+
+// Keeper is an Undoer whose steps live in this machine's kernel, and so don't
+// outlive a reboot, a container that is made anew, or somebody who lifts them by
+// hand. Keep is asked at the start about every one that was not taken back: it
+// makes sure that it still holds, and puts it in force again where something of
+// it is missing. [ErrGone] says that it can't hold any more, and why.
+type Keeper interface {
+	Keep(ctx context.Context, u *UndoRequest) (Result, error)
+}
 
 // UndoRequest asks to take a step back.
 type UndoRequest struct {
