@@ -32,8 +32,18 @@ const (
 const headerMore = "Stoop-More"
 
 type undoRequest struct {
-	ID string `json:"id"`
+	ID  string `json:"id,omitempty"`
+	All bool   `json:"all,omitempty"`
 }
+
+// undoneAll answers a request to take everything back.
+type undoneAll struct {
+	Outcomes []broker.Outcome `json:"outcomes"`
+	More     int              `json:"more,omitempty"` // outcomes that did not fit in here
+}
+
+// undoneMost is how many outcomes one answer holds.
+const undoneMost = 200
 
 type historyRequest struct {
 	Since time.Time `json:"since,omitzero"`
@@ -145,7 +155,12 @@ func (a *api) undo(ctx context.Context, m *nats.Msg, actor string) (any, error) 
 	if err := json.Unmarshal(m.Data, &r); err != nil {
 		return nil, fmt.Errorf("undo: %w", err)
 	}
-	return a.host.Undo(ctx, r.ID, actor)
+	if !r.All {
+		return a.host.Undo(ctx, r.ID, actor)
+	}
+	all, err := a.host.UndoAll(ctx, actor)
+	n := min(len(all), undoneMost)
+	return undoneAll{all[:n], len(all) - n}, err
 }
 
 func (a *api) watch(context.Context, *nats.Msg, string) (any, error) {

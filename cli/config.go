@@ -28,6 +28,8 @@ type Config struct {
 	Broker     Broker     `param:"broker" doc:"The embedded NATS server."`
 	Kubernetes Kubernetes `param:"kubernetes" doc:"The API server."`
 	Guard      Guard      `param:"guard" doc:"What stands between a rule and an act."`
+	Evidence   Evidence   `param:"evidence" doc:"What is kept of suspects, in the data folder."`
+	Host       Host       `param:"host" doc:"Where the kernel of this node is seen, for what is done on the node itself."`
 	HTTP       HTTP       `param:"http" doc:"Metrics and health over HTTP."`
 	Log        Log        `param:"log" doc:"What stoop says of itself, on stderr."`
 }
@@ -119,10 +121,11 @@ type Kubernetes struct {
 
 // Guard is what stands between a rule and an act.
 type Guard struct {
-	Protect  Protect        `param:"protect" doc:"What is never touched."`
-	Cooldown param.Duration `param:"cooldown" doc:"After an act, the same rule leaves the same object alone for so long."`
-	MaxAge   param.Duration `param:"maxAge" min:"1s" doc:"An older alert is not acted on."`
-	Limits   Limits         `param:"limits" doc:"Harmful steps at most, as N/window; 0 is no limit."`
+	Protect     Protect        `param:"protect" doc:"What is never touched."`
+	Cooldown    param.Duration `param:"cooldown" doc:"After an act, the same rule leaves the same object alone for so long."`
+	MaxAge      param.Duration `param:"maxAge" min:"1s" doc:"An older alert is not acted on."`
+	Limits      Limits         `param:"limits" doc:"Harmful steps through the API server at most, as N/window; 0 is no limit."`
+	LocalLimits Limits         `param:"localLimits" doc:"The same for harmful steps that this node does by itself: freeze, cut, kill. A busy breaker of the one holds up none of the other."`
 }
 
 // Protect is what is never touched.
@@ -136,6 +139,10 @@ type Limits struct {
 	Rule      Rate `param:"rule" doc:"By one rule on this node."`
 	Namespace Rate `param:"namespace" doc:"In one namespace on this node. Alerts below Critical get three quarters of it."`
 	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
+}
+
+func (l Limits) rates() responders.Limits {
+	return responders.Limits{Rule: responders.Rate(l.Rule), Namespace: responders.Rate(l.Namespace), Node: responders.Rate(l.Node)}
 }
 
 // Rate is written as N/window.
@@ -177,6 +184,18 @@ var (
 	_ encoding.TextUnmarshaler = (*Sync)(nil)
 )
 
+// Evidence is how much is kept of suspects.
+type Evidence struct {
+	Size      param.Size `param:"size" doc:"The most that is kept in all. What does not fit is left out, and said." min:"1MiB"`
+	PerTarget int        `param:"perTarget" doc:"How many cases of one container or process are kept: the first ones." min:"1" max:"1000"`
+}
+
+// Host is where the kernel of this node is seen.
+type Host struct {
+	Proc   string `param:"proc" doc:"Where the node's procfs is mounted."`
+	Cgroup string `param:"cgroup" doc:"Where the node's cgroup hierarchies are mounted."`
+}
+
 // HTTP is where metrics and health are served.
 type HTTP struct {
 	Listen string `param:"listen" doc:"host:port for /metrics, /healthz and /readyz; off when empty. They hold no names of pods and no alert."`
@@ -209,11 +228,14 @@ func defaults() Config {
 				Namespaces:      []string{"kube-system", "kube-node-lease", "kube-public", "falco"},
 				PriorityClasses: []string{"system-*"},
 			},
-			Cooldown: param.Duration(5 * minute),
-			MaxAge:   param.Duration(10 * minute),
-			Limits:   Limits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}},
+			Cooldown:    param.Duration(5 * minute),
+			MaxAge:      param.Duration(10 * minute),
+			Limits:      Limits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}},
+			LocalLimits: Limits{Rate{20, minute}, Rate{20, minute}, Rate{40, minute}},
 		},
-		Log: Log{Level: "info", Format: "auto"},
+		Evidence: Evidence{Size: 1 << 30, PerTarget: 3},
+		Host:     Host{Proc: "/proc", Cgroup: "/sys/fs/cgroup"},
+		Log:      Log{Level: "info", Format: "auto"},
 	}
 }
 

@@ -33,29 +33,64 @@ func (p *program) ask(cmd *cobra.Command, data, subject string, in, out any) err
 
 func (p *program) undoCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "undo ID",
+		Use:     "undo (ID | --all)",
 		Short:   "Take a step back",
-		Long:    "Takes a step back: the isolation, the label. stoop history shows the ids of the\nsteps that can be. It works while stoop is paused.",
-		Example: "  stoop undo 4f1c0e6f6a4de1d0a2b7",
-		Args:    cobra.ExactArgs(1),
+		Long:    "Takes a step back: the isolation, the label, the freeze. stoop history shows the\nids of the steps that can be. It works while stoop is paused, and for what was done\non the node itself also without a cluster.",
+		Example: "  stoop undo 4f1c0e6f6a4de1d0a2b7\n  stoop undo --all",
+		Args:    cobra.MaximumNArgs(1),
 	}
 	data := dataFlag(cmd)
+	all := cmd.Flags().Bool("all", false, "take back every step that can be, the latest first")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *all != (len(args) == 0) {
+			return usage("stoop undo takes the ID of a step, or --all")
+		}
+		if *all {
+			return p.undoAll(cmd, *data)
+		}
 		var o broker.Outcome
 		if err := p.ask(cmd, *data, apiUndo, undoRequest{ID: args[0]}, &o); err != nil {
 			return err
 		}
-		fmt.Fprintf(p.stdout, "%s: %s", o.Responder, o.Status)
-		if t := targetText(o); t != "" {
-			fmt.Fprintf(p.stdout, "  %s", t)
-		}
-		if o.Reason != "" {
-			fmt.Fprintf(p.stdout, "  (%s)", clean(o.Reason))
-		}
-		fmt.Fprintln(p.stdout)
+		p.printUndone(o)
 		return nil
 	}
 	return cmd
+}
+
+func (p *program) undoAll(cmd *cobra.Command, data string) error {
+	var got undoneAll
+	if err := p.ask(cmd, data, apiUndo, undoRequest{All: true}, &got); err != nil {
+		return err
+	}
+	failed := 0
+	for _, o := range got.Outcomes {
+		fmt.Fprintf(p.stdout, "%s  ", o.ID)
+		p.printUndone(o)
+		if o.Status != broker.Undone && o.Status != broker.Nothing {
+			failed++
+		}
+	}
+	switch {
+	case failed > 0:
+		return fmt.Errorf("%d of %d steps could not be taken back", failed, len(got.Outcomes)+got.More)
+	case got.More > 0:
+		fmt.Fprintf(p.stdout, "and %d more (stoop history)\n", got.More)
+	case len(got.Outcomes) == 0:
+		fmt.Fprintln(p.stdout, "there is nothing to take back")
+	}
+	return nil
+}
+
+func (p *program) printUndone(o broker.Outcome) {
+	fmt.Fprintf(p.stdout, "%s: %s", o.Responder, o.Status)
+	if t := targetText(o); t != "" {
+		fmt.Fprintf(p.stdout, "  %s", t)
+	}
+	if o.Reason != "" {
+		fmt.Fprintf(p.stdout, "  (%s)", clean(o.Reason))
+	}
+	fmt.Fprintln(p.stdout)
 }
 
 func (p *program) pauseCommand() *cobra.Command {

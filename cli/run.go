@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -24,6 +25,8 @@ import (
 
 	"stoop/alert"
 	"stoop/broker"
+	"stoop/evidence"
+	"stoop/node"
 	"stoop/pipe"
 	"stoop/responders"
 	"stoop/router"
@@ -116,7 +119,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		debug.SetMemoryLimit(memoryLimit)
 	}
 	log := p.logger(c.Log)
-	node, err := c.nodeName()
+	nodeName, err := c.nodeName()
 	if err != nil {
 		return err
 	}
@@ -143,7 +146,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	}
 	var pods *responders.Pods
 	if kube != nil {
-		pods = responders.NewPods(kube, node, log)
+		pods = responders.NewPods(kube, nodeName, log)
 	}
 	release, err := broker.Lock(c.Data)
 	if err != nil {
@@ -161,15 +164,26 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		return err
 	}
 
+	store, err := evidence.Open(evidence.Config{
+		Dir: filepath.Join(c.Data, "evidence"), Size: int64(c.Evidence.Size), PerTarget: c.Evidence.PerTarget, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	machine := node.New(node.Config{Proc: c.Host.Proc, Cgroup: c.Host.Cgroup, Log: log})
+
 	r := router.New(log, reg)
 	r.SetRules(set)
-	told := &teller{node: node, log: log}
+	told := &teller{node: nodeName, log: log}
 	e := &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
 		host: responders.Config{
 			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Tell: told.tell,
-			Env:    responders.Env{Kube: kube, Node: node, Cluster: c.Cluster, Data: c.Data, Log: log},
-			Guards: c.guards(node, self),
+			Env: responders.Env{
+				Kube: kube, Node: nodeName, Cluster: c.Cluster, Data: c.Data,
+				Local: machine, Evidence: store, Self: self, Log: log,
+			},
+			Guards: c.guards(nodeName, self),
 		},
 	}
 	intake := pipe.NewIntake(pipe.Options{
@@ -197,6 +211,11 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if pods != nil {
 		bg.Go(func() { pods.Run(background) })
 	}
+	bg.Go(func() {
+		if err := machine.Run(background); err != nil {
+			log.Error("the containers of this node are not followed: each is looked for when an alert names it", "error", err)
+		}
+	})
 	eng.Go(func() {
 		if engineErr = e.run(engineCtx); engineErr != nil {
 			stopReading(engineErr)
@@ -239,7 +258,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		}
 	}
 
-	log.Info("ready", "version", version(), "node", node, "mode", c.Mode, "rules", len(set.Rules), "hash", set.Hash, "cluster", kube != nil)
+	log.Info("ready", "version", version(), "node", nodeName, "mode", c.Mode, "rules", len(set.Rules), "hash", set.Hash, "cluster", kube != nil)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	bg.Go(func() { watchdog(background, h) })
 	ended := make(chan struct{})
@@ -450,12 +469,12 @@ func ownContainer() string {
 	return containerInCgroup.FindString(string(data))
 }
 
-func (c *Config) guards(node string, self responders.Self) responders.Guards {
+func (c *Config) guards(name string, self responders.Self) responders.Guards {
 	g := responders.Guards{
-		Mode: broker.Mode(c.Mode), Node: node, Aliases: c.Aliases, Self: self,
+		Mode: broker.Mode(c.Mode), Node: name, Aliases: c.Aliases, Self: self,
 		Namespaces: slices.Clone(c.Guard.Protect.Namespaces), PriorityClasses: c.Guard.Protect.PriorityClasses,
 		Cooldown: time.Duration(c.Guard.Cooldown), MaxAge: time.Duration(c.Guard.MaxAge),
-		PerRule: responders.Rate(c.Guard.Limits.Rule), PerNamespace: responders.Rate(c.Guard.Limits.Namespace), PerNode: responders.Rate(c.Guard.Limits.Node),
+		API: c.Guard.Limits.rates(), Local: c.Guard.LocalLimits.rates(),
 	}
 	if self.Namespace != "" {
 		g.Namespaces = append(g.Namespaces, self.Namespace)

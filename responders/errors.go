@@ -16,6 +16,7 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 
 	"stoop/broker"
+	"stoop/node"
 )
 
 // Errors of [Pods.Resolve], besides [ErrGone]: its text always says which pod
@@ -39,7 +40,7 @@ func classify(err error) (status broker.Status, retry bool, after time.Duration,
 	var again *retryable
 	var api apierrors.APIStatus
 	switch {
-	case as[*refusal](err), errors.Is(err, errNoPod), errors.Is(err, errUnproved):
+	case as[*refusal](err), errors.Is(err, errNoPod), errors.Is(err, errUnproved), errors.Is(err, node.ErrAmbiguous):
 		return broker.Refused, false, 0, reason
 	case errors.As(err, &again):
 		// Before what it wraps: whoever wrote Retry knows better.
@@ -84,7 +85,7 @@ func classifyStatus(err error, api apierrors.APIStatus) (broker.Status, bool, ti
 // about is not there any more, or is another one of the same name by now.
 func isGone(err error) bool {
 	switch {
-	case errors.Is(err, ErrGone), apierrors.IsNotFound(err), apierrors.IsGone(err):
+	case errors.Is(err, ErrGone), errors.Is(err, node.ErrGone), errors.Is(err, node.ErrNotSame), apierrors.IsNotFound(err), apierrors.IsGone(err):
 		return true
 	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
 		return true

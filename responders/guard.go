@@ -27,9 +27,14 @@ type Guards struct {
 	Cooldown time.Duration // per rule and object, from done on
 	MaxAge   time.Duration // an older alert is not acted on
 
-	// Harmful steps at most; the zero value is no limit.
-	PerRule, PerNamespace, PerNode Rate
+	// Harmful steps at most, of those that go to the API server and of those
+	// that this node does by itself: a busy breaker of the one must not hold up
+	// the other.
+	API, Local Limits
 }
+
+// Limits bound the blast radius. The zero value of a rate is no limit.
+type Limits struct{ Rule, Namespace, Node Rate }
 
 // Self is what stoop is known by, so that it never answers itself.
 type Self struct {
@@ -68,8 +73,8 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 		return "internal", "stoop says this of itself"
 	case s.Origin == broker.OriginOpenHTTP:
 		return "unauthenticated", "the alert came over HTTP without authentication; set source.http.token-file or client-ca"
-	case t.Node != "" && t.Node != g.Node && !slices.Contains(g.Aliases, t.Node):
-		return "node", fmt.Sprintf("not this node (hostname %s)", quote(t.Node))
+	case g.elsewhere(t) != "":
+		return "node", g.elsewhere(t)
 	case g.Self.PID != 0 && t.PID == g.Self.PID,
 		g.Self.Container != "" && sameContainer(t.Container, g.Self.Container):
 		return "self", "stoop raised this alert itself"
@@ -84,6 +89,15 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 		return "self", "stoop's own service account caused this"
 	}
 	return "", ""
+}
+
+// elsewhere is how an alert is not of this node, or "". One that names no node
+// counts as this one's.
+func (g *Guards) elsewhere(t alert.Target) string {
+	if t.Node == "" || t.Node == g.Node || slices.Contains(g.Aliases, t.Node) {
+		return ""
+	}
+	return fmt.Sprintf("not this node (hostname %s)", quote(t.Node))
 }
 
 // protected holds back what must never be touched, whatever a rule says. It

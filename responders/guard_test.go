@@ -185,7 +185,7 @@ func TestLimits(t *testing.T) {
 		"the node, below critical": {0, 0, 10, func(i int) act { return act{Namespace: fmt.Sprint(i)} }, 8, "alerts below Critical on this node"},
 	} {
 		g, l := testGuards(), newLedger(nil, testGuards())
-		g.PerRule, g.PerNamespace, g.PerNode = Rate{c.rule, minute}, Rate{c.namespace, minute}, Rate{c.node, minute}
+		g.API = Limits{Rate{c.rule, minute}, Rate{c.namespace, minute}, Rate{c.node, minute}}
 		let, opened := 0, ""
 		for i := range 50 {
 			a := c.step(i)
@@ -211,7 +211,7 @@ func TestLimits(t *testing.T) {
 // the breaker of the rest is open.
 func TestCriticalKeepsItsReserve(t *testing.T) {
 	g, l := testGuards(), newLedger(nil, testGuards())
-	g.PerNode = Rate{8, time.Minute}
+	g.API.Node = Rate{8, time.Minute}
 	for i := range 20 {
 		begun(l, g, fmt.Sprint("low", i), act{Object: fmt.Sprint(i), Namespace: fmt.Sprint("ns", i)}, noon)
 	}
@@ -228,7 +228,7 @@ func TestCriticalKeepsItsReserve(t *testing.T) {
 
 func TestABreakerClosesByItself(t *testing.T) {
 	g, l := testGuards(), newLedger(nil, testGuards())
-	g.PerRule = Rate{1, time.Minute}
+	g.API.Rule = Rate{1, time.Minute}
 	step := func(i int, at time.Time) verdict {
 		return begun(l, g, fmt.Sprint(i), act{Rule: "r", Object: fmt.Sprint(i)}, at)
 	}

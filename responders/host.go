@@ -88,9 +88,11 @@ type Host struct {
 // running is a responder at work.
 type running struct {
 	Entry
-	act  Responder
-	mu   sync.Mutex
-	lane map[string]int // steps under way by destination
+	act Responder
+	// missing is what this machine does not grant of what it needs.
+	missing []string
+	mu      sync.Mutex
+	lane    map[string]int // steps under way by destination
 }
 
 const (
@@ -140,7 +142,7 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 		if err := c.Broker.OpenSteps(ctx, e.Name); err != nil {
 			return nil, err
 		}
-		r := &running{Entry: e, lane: map[string]int{}}
+		r := &running{Entry: e, lane: map[string]int{}, missing: missing(e, c.Env.Local)}
 		if e.Object != PodObject || h.Env.Kube != nil {
 			r.act = e.New(h.Env)
 		}
@@ -173,7 +175,7 @@ func (h *Host) Run(ctx context.Context) error {
 			}
 		})
 	}
-	all.Go(func() { h.expireLoop(ctx) })
+	all.Go(func() { h.keep(ctx); h.expireLoop(ctx) })
 	all.Go(func() { h.Broker.TrimLoop(ctx) })
 	all.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -217,7 +219,9 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		h.retry(d, min(busyAgain*time.Duration(d.Attempt), busyMost))
 		return
 	}
-	req, status, reason, again := h.prepare(ctx, d, r)
+	req := &Request{Step: s}
+	defer req.close()
+	status, reason, again := h.prepare(ctx, d, r, req)
 	switch {
 	case again > 0:
 		h.retry(d, again)
@@ -240,63 +244,42 @@ func ahead(r *running, s *broker.Step) bool {
 	return r.Kind == Notification && s.OnFailure != broker.Stop
 }
 
-// prepare asks everything that is asked before an act. It returns the request
-// for the responder; or what became of the step instead, and why; or after how
-// long to ask again.
-func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req *Request, status broker.Status, reason string, again time.Duration) {
+// prepare asks everything that is asked before an act, and fills in the request
+// for the responder. It returns what became of the step instead, and why, or
+// after how long to ask again.
+func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req *Request) (status broker.Status, reason string, again time.Duration) {
 	s := d.Step
 	a, err := alert.Parse(s.Alert)
 	if err != nil {
-		return nil, broker.Failed, fmt.Sprintf("the step's alert can't be read: %v", err), 0
+		return broker.Failed, fmt.Sprintf("the step's alert can't be read: %v", err), 0
 	}
 	a.ID = s.AlertID
 	now := time.Now()
 	begun := h.ledger.get(s.ID) != nil
 	if r.Kind != Harm {
 		if now.Sub(s.Received) > notifyFor {
-			return nil, broker.Expired, fmt.Sprintf("given up after %s", notifyFor), 0
+			return broker.Expired, fmt.Sprintf("given up after %s", notifyFor), 0
 		}
 	} else if guard, why := h.Guards.trust(a, s, now); guard != "" {
 		if begun && guard == "age" {
-			return nil, broker.Expired, "given up: " + why, 0
+			return broker.Expired, "given up: " + why, 0
 		}
 		h.Metrics.suppressed.WithLabelValues(guard).Inc()
-		return nil, broker.Suppressed, why, 0
+		return broker.Suppressed, why, 0
 	}
 	mode, why := h.mode(s)
-	req = &Request{Step: s, Alert: a, Target: s.Target, Resumed: begun}
-	if r.Object == PodObject {
-		if s.Target.Host {
-			return nil, broker.Refused, "the host raised the alert: there is no pod", 0
+	req.Alert, req.Target, req.Resumed = a, s.Target, begun
+	if status, reason, again := h.target(ctx, r, req, mode); status != "" || again > 0 {
+		if p := h.Guards.protected(s.Target, nil); p != "" && r.Kind == Harm && again == 0 {
+			return h.suppress("protected", p)
 		}
-		if h.Pods == nil {
-			if mode == broker.Audit {
-				return nil, broker.Audited, "no cluster: the pod could not be looked up", 0
-			}
-			return nil, broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
-		}
-		pod, t, err := h.Pods.Resolve(ctx, s.Target)
-		if err != nil {
-			s.Target = t // what is known of it
-			if protected := h.Guards.protected(s.Target, nil); protected != "" {
-				return h.suppress("protected", protected)
-			}
-			if ctx.Err() != nil {
-				return nil, "", "", retryFirst
-			}
-			status, retry, after, reason := classify(err)
-			if retry {
-				return nil, "", "", max(after, retryFirst)
-			}
-			return nil, status, reason, 0
-		}
-		req.Pod, req.Target, s.Target = pod, t, t
+		return status, reason, again
 	}
 	if r.Kind != Harm {
 		if mode == broker.Audit {
-			return nil, broker.Audited, why, 0
+			return broker.Audited, why, 0
 		}
-		return req, "", "", 0
+		return "", "", 0
 	}
 	if p := h.paused(s); p != "" {
 		return h.suppress("pause", p)
@@ -304,13 +287,16 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 	if p := h.Guards.protected(req.Target, req.Pod); p != "" {
 		return h.suppress("protected", p)
 	}
+	if p := unclear(req); p != "" {
+		return h.suppress("protected", p)
+	}
 	if c, ok := r.act.(Checker); ok {
 		if err := c.Check(ctx, req); err != nil {
 			status, retry, after, reason := classify(err)
 			if retry {
-				return nil, "", "", max(after, retryFirst)
+				return "", "", max(after, retryFirst)
 			}
-			return nil, status, reason, 0
+			return status, reason, 0
 		}
 	}
 	l := h.ledger
@@ -318,12 +304,12 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 		l = h.rehearsal
 	}
 	v := l.begin(s.ID, act{
-		Rule: s.Rule, Responder: s.Responder, Object: objectOf(req.Target), Namespace: req.Target.Namespace,
-		Owner: ownerOf(req.Pod), Urgent: a.Priority.Urgent(), Began: now,
+		Rule: s.Rule, Responder: s.Responder, Object: object(r, req), Namespace: req.Target.Namespace,
+		Owner: ownerOf(req.Pod), Urgent: a.Priority.Urgent(), Local: r.local(), Began: now,
 	}, &h.Guards, r.Instead != "", now)
 	switch {
 	case v.busy:
-		return nil, "", "", min(busyAgain*time.Duration(d.Attempt), busyMost)
+		return "", "", min(busyAgain*time.Duration(d.Attempt), busyMost)
 	case v.opened != "":
 		if mode == broker.Enforce {
 			if err := l.saveBreaker(ctx, v.opened); err != nil {
@@ -339,18 +325,58 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running) (req
 		return h.suppress(v.guard, v.reason)
 	case mode == broker.Audit:
 		l.end(s.ID, broker.Done, Result{}, now)
-		return nil, broker.Audited, why, 0
+		return broker.Audited, why, 0
 	}
-	return req, "", "", 0
+	return "", "", 0
 }
 
-func (h *Host) suppress(guard, reason string) (*Request, broker.Status, string, time.Duration) {
+// target finds what the step acts on and fills it in, or says why there is
+// nothing to act on.
+func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker.Mode) (status broker.Status, reason string, again time.Duration) {
+	s := req.Step
+	var missing string
+	var err error
+	switch {
+	case r.Object == NoObject:
+		return "", "", 0
+	case r.Object != PodObject:
+		missing, err = h.locate(ctx, r, req)
+	case s.Target.Host:
+		return broker.Refused, "the host raised the alert: there is no pod", 0
+	case h.Pods == nil && mode == broker.Audit:
+		return broker.Audited, "no cluster: the pod could not be looked up", 0
+	case h.Pods == nil:
+		return broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
+	default:
+		req.Pod, req.Target, err = h.Pods.Resolve(ctx, s.Target)
+	}
+	s.Target = req.Target // what is known of it, also where it can't be acted on
+	if err != nil {
+		if ctx.Err() != nil {
+			return "", "", retryFirst
+		}
+		status, retry, after, reason := classify(err)
+		if retry {
+			return "", "", max(after, retryFirst)
+		}
+		return status, reason, 0
+	}
+	switch {
+	case missing != "" && mode == broker.Audit:
+		return broker.Audited, "it could not be done here: " + missing, 0
+	case missing != "":
+		return broker.Failed, "it can't be done here: " + missing, 0
+	}
+	return "", "", 0
+}
+
+func (h *Host) suppress(guard, reason string) (broker.Status, string, time.Duration) {
 	h.Metrics.suppressed.WithLabelValues(guard).Inc()
-	return nil, broker.Suppressed, reason, 0
+	return broker.Suppressed, reason, 0
 }
 
 // instead puts the gentler responder in the step's place and tells people.
-func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *corev1.Pod, reason string) (*Request, broker.Status, string, time.Duration) {
+func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *corev1.Pod, reason string) (broker.Status, string, time.Duration) {
 	reason += "; " + r.Instead + " is done instead"
 	n := *s
 	n.ID = broker.StepID(s.AlertID, s.Rule, s.Position, r.Instead)
@@ -358,7 +384,7 @@ func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *cor
 	n.Remaining = nil // the chain goes on from the step itself
 	if _, err := h.Broker.PublishStep(ctx, &n); err != nil {
 		h.Log.Error("the step in another's place could not be stored", "step", s.ID, "responder", r.Instead, "error", err)
-		return nil, "", "", retryFirst
+		return "", "", retryFirst
 	}
 	if h.ledger.tellOnce(s.Rule+"\x00"+ownerOf(pod), time.Now()) {
 		h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
@@ -379,7 +405,9 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 				// only to this process.
 				h.Log.Error("the intent of a step could not be stored", "step", s.ID, "error", err)
 			}
-		} else if rec := h.ledger.get(s.ID); rec != nil && time.Since(rec.Began) < settle {
+		} else if rec := h.ledger.get(s.ID); r.local() {
+			// The kernel has done by now what it was asked for.
+		} else if rec != nil && time.Since(rec.Began) < settle {
 			h.retry(d, settle-time.Since(rec.Began))
 			return
 		}

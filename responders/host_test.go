@@ -500,7 +500,7 @@ func TestModes(t *testing.T) {
 func TestABreakerTellsPeopleAndEvidenceGoesOn(t *testing.T) {
 	s, keep := &stub{}, &stub{}
 	b := newBench(t, brokertest.New(t), entry("one", Harm, s), entry("keep", Evidence, keep))
-	b.config.Guards.PerRule = Rate{2, time.Minute}
+	b.config.Guards.Local.Rule = Rate{2, time.Minute}
 	b.start()
 	for range 5 {
 		b.publish(b.step("one", "keep"))

@@ -24,6 +24,7 @@ type act struct {
 	Namespace string            `json:"namespace,omitempty"`
 	Owner     string            `json:"owner,omitempty"`
 	Urgent    bool              `json:"urgent,omitempty"`
+	Local     bool              `json:"local,omitempty"` // done by this node itself
 	Began     time.Time         `json:"began"`
 	Ended     time.Time         `json:"ended,omitzero"`
 	Status    broker.Status     `json:"status,omitempty"` // "" until it is known
@@ -41,7 +42,11 @@ type breaker struct {
 // keep is how long a record is needed: as long as any guard counts by it, and
 // as its step can come again after a crash.
 func (g *Guards) keep() time.Duration {
-	return 15*time.Minute + max(ownerWindow, g.Cooldown, g.PerRule.Per, g.PerNamespace.Per, g.PerNode.Per)
+	longest := max(ownerWindow, g.Cooldown)
+	for _, l := range []Limits{g.API, g.Local} {
+		longest = max(longest, l.Rule.Per, l.Namespace.Per, l.Node.Per)
+	}
+	return 15*time.Minute + longest
 }
 
 const (
@@ -121,19 +126,23 @@ func (a *act) objectKey() string { return a.Rule + "\x00" + a.Responder + "\x00"
 func (a *act) ownerKey() string {
 	return "owner\x00" + a.Rule + "\x00" + a.Responder + "\x00" + a.Owner
 }
-func (a *act) ruleKey() string      { return "rule\x00" + a.Rule }
-func (a *act) namespaceKey() string { return "namespace\x00" + a.Namespace }
-func (a *act) namespaceOtherKey() string {
-	return "namespace, below Critical\x00" + a.Namespace
-}
 
-const (
-	nodeKey  = "node"
-	otherKey = "node, below Critical"
-)
+// A step of the API server's and one of this node's never share an account, but
+// for the owner's.
+func (a *act) account(name, of string) string {
+	if a.Local {
+		name = "local " + name
+	}
+	return name + "\x00" + of
+}
+func (a *act) ruleKey() string           { return a.account("rule", a.Rule) }
+func (a *act) namespaceKey() string      { return a.account("namespace", a.Namespace) }
+func (a *act) namespaceOtherKey() string { return a.account("namespace, below Critical", a.Namespace) }
+func (a *act) nodeKey() string           { return a.account("node", "") }
+func (a *act) nodeOtherKey() string      { return a.account("node, below Critical", "") }
 
 func (a *act) accounts() []string {
-	keys := []string{a.ruleKey(), nodeKey}
+	keys := []string{a.ruleKey(), a.nodeKey()}
 	if a.Namespace != "" {
 		keys = append(keys, a.namespaceKey())
 		if !a.Urgent {
@@ -144,7 +153,7 @@ func (a *act) accounts() []string {
 		keys = append(keys, a.ownerKey())
 	}
 	if !a.Urgent {
-		keys = append(keys, otherKey)
+		keys = append(keys, a.nodeOtherKey())
 	}
 	return keys
 }
@@ -289,28 +298,32 @@ type limit struct {
 // half of the node's, and alerts below Critical at most three quarters: what
 // one of them uses up is never all.
 func (g *Guards) limitsOf(a *act) []limit {
+	l, key, by := g.API, "guard.limits", ""
+	if a.Local {
+		l, key, by = g.Local, "guard.localLimits", ", acts on the node itself"
+	}
 	var out []limit
-	if g.PerRule.N > 0 {
-		out = append(out, limit{a.ruleKey(), "rule " + a.Rule, g.PerRule.N, g.PerRule.Per, "guard.limits.rule"})
+	if l.Rule.N > 0 {
+		out = append(out, limit{a.ruleKey(), "rule " + a.Rule + by, l.Rule.N, l.Rule.Per, key + ".rule"})
 	}
 	for _, m := range []limit{
-		{max: (g.PerNode.N + 1) / 2, per: g.PerNode.Per, key: "half of guard.limits.node"},
-		{max: g.PerNamespace.N, per: g.PerNamespace.Per, key: "guard.limits.namespace"},
+		{max: (l.Node.N + 1) / 2, per: l.Node.Per, key: "half of " + key + ".node"},
+		{max: l.Namespace.N, per: l.Namespace.Per, key: key + ".namespace"},
 	} {
 		if m.max == 0 || a.Namespace == "" {
 			continue
 		}
 		if !a.Urgent {
-			out = append(out, limit{a.namespaceOtherKey(), "alerts below Critical in namespace " + a.Namespace, m.max - m.max/4, m.per, m.key + ", less a quarter for Critical"})
+			out = append(out, limit{a.namespaceOtherKey(), "alerts below Critical in namespace " + a.Namespace + by, m.max - m.max/4, m.per, m.key + ", less a quarter for Critical"})
 		}
-		m.account, m.name = a.namespaceKey(), "namespace "+a.Namespace
+		m.account, m.name = a.namespaceKey(), "namespace "+a.Namespace+by
 		out = append(out, m)
 	}
-	if g.PerNode.N > 0 {
+	if l.Node.N > 0 {
 		if !a.Urgent {
-			out = append(out, limit{otherKey, "alerts below Critical on this node", g.PerNode.N - g.PerNode.N/4, g.PerNode.Per, "guard.limits.node, less a quarter for Critical"})
+			out = append(out, limit{a.nodeOtherKey(), "alerts below Critical on this node" + by, l.Node.N - l.Node.N/4, l.Node.Per, key + ".node, less a quarter for Critical"})
 		}
-		out = append(out, limit{nodeKey, "this node", g.PerNode.N, g.PerNode.Per, "guard.limits.node"})
+		out = append(out, limit{a.nodeKey(), "this node" + by, l.Node.N, l.Node.Per, key + ".node"})
 	}
 	return out
 }

@@ -49,6 +49,13 @@ type Checker interface {
 	Check(ctx context.Context, r *Request) error
 }
 
+// Particular is a Responder that acts on less than the [Object] of its entry: one
+// file, one address. The cooldown counts by what it returns, which an attacker
+// may have chosen.
+type Particular interface {
+	Object(r *Request) string
+}
+
 // Undoer is a Responder whose steps can be taken back. It trusts only the undo
 // record that its own Act returned, and taking back what is back already is the
 // status nothing.
@@ -102,6 +109,9 @@ const (
 	ContainerObject
 	// ProcessObject is the alert's process on this node, held by a pidfd.
 	ProcessObject
+	// SuspectObject is the alert's container, its process, or both: what there
+	// is to look at.
+	SuspectObject
 	// HostObject is something of the host itself: only alerts of the host
 	// (container.id: host) have one.
 	HostObject
@@ -135,6 +145,10 @@ type Request struct {
 	// asked for twice.
 	Resumed bool
 }
+
+// local reports whether its steps act on this node, without the API server, and
+// so have a budget of their own.
+func (e *Entry) local() bool { return e.Object != PodObject }
 
 // Decode reads the step's parameters over the defaults in params.
 func (r *Request) Decode(params any) error { return param.Decode(r.Step.Params, params) }

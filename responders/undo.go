@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -118,6 +119,55 @@ func (u *undos) next() (id string, due time.Time) {
 	return id, due
 }
 
+// kept are those that were not taken back.
+func (u *undos) kept() map[string]undo {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	out := map[string]undo{}
+	for id, r := range u.byID {
+		if r.Undone.IsZero() {
+			out[id] = *r
+		}
+	}
+	return out
+}
+
+// take makes the caller the only one who deals with a step until it is given
+// back; false: somebody else does.
+func (u *undos) take(id string) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if r := u.byID[id]; u.busy[id] || r == nil || !r.Undone.IsZero() {
+		return false
+	}
+	u.busy[id] = true
+	return true
+}
+
+func (u *undos) give(id string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	delete(u.busy, id)
+}
+
+// end notes that a step is taken back.
+func (u *undos) end(ctx context.Context, id string) error {
+	u.mu.Lock()
+	r := u.byID[id]
+	r.Undone = time.Now().UTC()
+	stored := *r
+	u.mu.Unlock()
+	return u.state.Put(ctx, "undo."+id, stored, undoneKept)
+}
+
+// outcome is what is said of taking the step back, or of keeping it.
+func (r *undo) outcome(id, actor string) broker.Outcome {
+	return broker.Outcome{
+		ID: id, Time: time.Now().UTC(), Alert: r.Alert, Rule: r.Rule, Responder: r.Responder,
+		Target: r.Target, Actor: actor,
+	}
+}
+
 // ErrNoUndo says that there is nothing to take back under an id.
 var ErrNoUndo = errors.New("no step of this id can be taken back (stoop history shows which can)")
 
@@ -137,15 +187,9 @@ func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, erro
 	}
 	u.busy[id] = true
 	u.mu.Unlock()
-	defer func() {
-		u.mu.Lock()
-		delete(u.busy, id)
-		u.mu.Unlock()
-	}()
-	o := broker.Outcome{
-		ID: id, Time: time.Now().UTC(), Alert: r.Alert, Rule: r.Rule, Responder: r.Responder,
-		Target: r.Target, Actor: actor, Status: broker.Nothing, Reason: "it was taken back already",
-	}
+	defer u.give(id)
+	o := r.outcome(id, actor)
+	o.Status, o.Reason = broker.Nothing, "it was taken back already"
 	if !r.Undone.IsZero() {
 		return o, nil
 	}
@@ -176,15 +220,33 @@ func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, erro
 		h.record(o)
 		return o, fmt.Errorf("take back %s: %s", id, reason)
 	}
-	u.mu.Lock()
-	r.Undone = time.Now().UTC()
-	stored := *r
-	u.mu.Unlock()
 	h.record(o)
-	if err := u.state.Put(ctx, "undo."+id, stored, undoneKept); err != nil {
+	if err := u.end(ctx, id); err != nil {
 		return o, fmt.Errorf("step %s was taken back, but that could not be stored: %w", id, err)
 	}
 	return o, nil
+}
+
+// UndoAll takes back every step that can be, the latest first. What can't be
+// taken back here is said in its outcome, and the rest goes on.
+func (h *Host) UndoAll(ctx context.Context, actor string) ([]broker.Outcome, error) {
+	all := h.undos.kept()
+	ids := slices.SortedFunc(maps.Keys(all), func(a, b string) int { return all[b].Done.Compare(all[a].Done) })
+	var out []broker.Outcome
+	for _, id := range ids {
+		if err := ctx.Err(); err != nil {
+			return out, fmt.Errorf("%d of %d steps were dealt with: %w", len(out), len(ids), err)
+		}
+		o, err := h.Undo(ctx, id, actor)
+		if err != nil && o.Reason == "" {
+			o.Reason = err.Error()
+		}
+		if err != nil && o.Status == broker.Nothing {
+			o.Status, o.Reason = broker.Failed, err.Error()
+		}
+		out = append(out, o)
+	}
+	return out, nil
 }
 
 // expireLoop takes back the steps whose ttl is over, also those that fell due
