@@ -25,7 +25,10 @@ type Process struct {
 func Spawn(cmd *exec.Cmd) (*Process, error) {
 	// The kernel sends the parent-death signal when the *thread* that started
 	// the child ends, so that thread is kept for as long as the child lives.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig, cmd.SysProcAttr.Setpgid = syscall.SIGKILL, true
 	p := &Process{done: make(chan struct{})}
 	started := make(chan error)
 	go func() {

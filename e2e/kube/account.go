@@ -3,7 +3,6 @@ package kube
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -62,15 +61,8 @@ func (c *Cluster) account(ctx context.Context, t harness.T, rules []rbacv1.Polic
 		User:       "system:serviceaccount:" + AccountNamespace + ":" + name,
 		Kubeconfig: filepath.Join(c.dir, name+".kubeconfig"),
 	}
-	kubeconfig := fmt.Sprintf(`apiVersion: v1
-kind: Config
-clusters: [{name: e2e, cluster: {server: %q, certificate-authority: %q}}]
-users: [{name: stoop, user: {token: %q}}]
-contexts: [{name: e2e, context: {cluster: e2e, user: stoop}}]
-current-context: e2e
-`, c.URL(), c.caFile(), token.Status.Token)
-	if err := os.WriteFile(a.Kubeconfig, []byte(kubeconfig), 0o600); err != nil {
-		return nil, fmt.Errorf("write a kubeconfig: %w", err)
+	if err := c.writeKubeconfig(a.Kubeconfig, token.Status.Token); err != nil {
+		return nil, err
 	}
 	a.Config = &rest.Config{
 		Host: c.URL(), BearerToken: token.Status.Token, TLSClientConfig: rest.TLSClientConfig{CAFile: c.caFile()}, QPS: -1,

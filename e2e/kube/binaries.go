@@ -5,29 +5,40 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// The two servers, and the packages that they are built from.
-var servers = []struct{ name, pkg string }{
-	{"etcd", "go.etcd.io/etcd/server/v3"},
-	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
+// Kubelet is the program of a real node, which [Binaries] builds when asked to:
+// of the servers, only a node needs it.
+const Kubelet = "kubelet"
+
+// What [Binaries] builds, and the packages that they are built from.
+var servers = []struct {
+	name, pkg string
+	always    bool
+}{
+	{"etcd", "go.etcd.io/etcd/server/v3", true},
+	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver", true},
+	{Kubelet, "k8s.io/kubernetes/cmd/kubelet", false},
 }
 
 // buildTimeout is far above the six minutes that a cold build was seen to take
 // on two cores.
 const buildTimeout = 40 * time.Minute
 
-// Binaries is the folder that holds etcd and kube-apiserver, built from the
-// modules that e2e/tools pins. They are built once and kept in the user's cache
-// folder, under the hash of those modules and the Go version; of two callers at
-// once one builds and the other waits. progress is told what takes long.
-func Binaries(ctx context.Context, progress func(format string, args ...any)) (string, error) {
+// Binaries is the folder that holds etcd and kube-apiserver, and what else is
+// named, built from the modules that e2e/tools pins. They are built once and kept
+// in the user's cache folder, under the hash of those modules and the Go version;
+// of two callers at once one builds and the other waits. progress is told what
+// takes long.
+func Binaries(ctx context.Context, progress func(format string, args ...any), also ...string) (string, error) {
 	tools, err := toolsDir(ctx)
 	if err != nil {
 		return "", err
@@ -41,10 +52,10 @@ func Binaries(ctx context.Context, progress func(format string, args ...any)) (s
 		return "", fmt.Errorf("find the user's cache folder: %w", err)
 	}
 	dir := filepath.Join(cache, "stoop-e2e", key)
-	if complete(dir) {
+	if len(missing(dir, also)) == 0 {
 		return dir, nil
 	}
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("make the cache folder: %w", err)
 	}
 	unlock, err := lock(ctx, dir+".lock")
@@ -52,24 +63,29 @@ func Binaries(ctx context.Context, progress func(format string, args ...any)) (s
 		return "", err
 	}
 	defer unlock()
-	if complete(dir) {
-		return dir, nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, buildTimeout)
 	defer cancel()
-	return dir, build(ctx, tools, dir, progress)
+	return dir, build(ctx, tools, dir, missing(dir, also), progress)
 }
 
-func complete(dir string) bool {
+// missing are the names and packages of what is still to be built.
+func missing(dir string, also []string) map[string]string {
+	out := map[string]string{}
 	for _, s := range servers {
+		if !s.always && !slices.Contains(also, s.name) {
+			continue
+		}
 		if _, err := os.Stat(filepath.Join(dir, s.name)); err != nil {
-			return false
+			out[s.name] = s.pkg
 		}
 	}
-	return true
+	return out
 }
 
-func build(ctx context.Context, tools, dir string, progress func(string, ...any)) error {
+func build(ctx context.Context, tools, dir string, pkgs map[string]string, progress func(string, ...any)) error {
+	if len(pkgs) == 0 {
+		return nil
+	}
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "building-")
 	if err != nil {
 		return fmt.Errorf("make a folder to build in: %w", err)
@@ -86,17 +102,17 @@ func build(ctx context.Context, tools, dir string, progress func(string, ...any)
 	const v = "k8s.io/component-base/version."
 	ldflags := fmt.Sprintf("-s -w -X %sgitVersion=%s -X %sgitMajor=%s -X %sgitMinor=%s -X %sgitTreeState=clean -X %sgitCommit=module",
 		v, version, v, major, v, minor, v, v)
-	for _, s := range servers {
+	for _, name := range slices.Sorted(maps.Keys(pkgs)) {
 		start := time.Now()
-		progress("building %s (once, some minutes when Go's build cache is cold) …", s.name)
-		_, err := goTool(ctx, tools, "build", "-trimpath", "-ldflags", ldflags, "-o", filepath.Join(tmp, s.name), s.pkg)
-		if err != nil {
+		progress("building %s (once, some minutes when Go's build cache is cold) …", name)
+		built := filepath.Join(tmp, name)
+		if _, err := goTool(ctx, tools, "build", "-trimpath", "-ldflags", ldflags, "-o", built, pkgs[name]); err != nil {
 			return err
 		}
-		progress("built %s in %s", s.name, time.Since(start).Round(time.Second))
-	}
-	if err := os.Rename(tmp, dir); err != nil {
-		return fmt.Errorf("put the servers in the cache: %w", err)
+		if err := os.Rename(built, filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("put %s in the cache: %w", name, err)
+		}
+		progress("built %s in %s", name, time.Since(start).Round(time.Second))
 	}
 	return nil
 }

@@ -44,23 +44,30 @@ type Cluster struct {
 	etcdPort, port  int
 	tokens          map[string]string // user → token
 	etcd, apiserver *harness.Process
-	kubelet         *kubelet
+	kubelet         *kubelet // nil with real nodes
 	audit           bool
 }
 
 // Start starts a cluster with an audit log. It ends with the test.
 func Start(t harness.T) *Cluster {
 	t.Helper()
-	return start(t, true)
+	return start(t, true, false)
 }
 
 // StartWithoutAudit is [Start] without the audit log, for measurements.
 func StartWithoutAudit(t harness.T) *Cluster {
 	t.Helper()
-	return start(t, false)
+	return start(t, false, false)
 }
 
-func start(t harness.T, audit bool) *Cluster {
+// StartForNodes is [StartWithoutAudit] for real nodes: nothing here ends a
+// deleted pod in their stead.
+func StartForNodes(t harness.T) *Cluster {
+	t.Helper()
+	return start(t, false, true)
+}
+
+func start(t harness.T, audit, nodes bool) *Cluster {
 	t.Helper()
 	bin, err := Binaries(t.Context(), t.Logf)
 	if err != nil {
@@ -92,8 +99,10 @@ func start(t harness.T, audit bool) *Cluster {
 	if c.Client, err = kubernetes.NewForConfig(c.restConfig(adminUser)); err != nil {
 		t.Fatalf("make the administrator's client: %v", err)
 	}
-	if c.kubelet, err = startKubelet(t.Context(), c.restConfig(kubeletUser)); err != nil {
-		t.Fatalf("%v", err)
+	if !nodes {
+		if c.kubelet, err = startKubelet(t.Context(), c.restConfig(kubeletUser)); err != nil {
+			t.Fatalf("%v", err)
+		}
 	}
 	c.Ready = time.Since(began)
 	return c
@@ -275,6 +284,31 @@ func (c *Cluster) restConfig(user string) *rest.Config {
 		TLSClientConfig: rest.TLSClientConfig{CAFile: c.caFile()},
 		QPS:             -1,
 	}
+}
+
+// NodeKubeconfig writes a kubeconfig for the kubelet of a real node and returns
+// its path.
+func (c *Cluster) NodeKubeconfig(t harness.T) string {
+	t.Helper()
+	path := c.path("node.kubeconfig")
+	if err := c.writeKubeconfig(path, c.tokens[kubeletUser]); err != nil {
+		t.Fatalf("%v", err)
+	}
+	return path
+}
+
+func (c *Cluster) writeKubeconfig(path, token string) error {
+	kubeconfig := fmt.Sprintf(`apiVersion: v1
+kind: Config
+clusters: [{name: e2e, cluster: {server: %q, certificate-authority: %q}}]
+users: [{name: user, user: {token: %q}}]
+contexts: [{name: e2e, context: {cluster: e2e, user: user}}]
+current-context: e2e
+`, c.URL(), c.caFile(), token)
+	if err := os.WriteFile(path, []byte(kubeconfig), 0o600); err != nil {
+		return fmt.Errorf("write a kubeconfig: %w", err)
+	}
+	return nil
 }
 
 func tail(path string, lines int) string {

@@ -2,7 +2,8 @@
 // built from their modules, on loopback, with RBAC and an audit log.
 //
 // It is the far end of an alert's way. There is no scheduler, no controller
-// manager and no node: what those would do and the tests need (a pod's status,
-// its end after a graceful delete) is done here, under users of their own, so
-// that the audit log tells stoop's requests from all others.
+// manager and, unless the caller brings one, no node: what those would do and
+// the tests need (a pod's status, its end after a graceful delete) is done here,
+// under users of their own, so that the audit log tells stoop's requests from
+// all others.
 package kube
