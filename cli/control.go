@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -32,20 +33,23 @@ func (p *program) ask(cmd *cobra.Command, data, subject string, in, out any) err
 }
 
 func (p *program) undoCommand() *cobra.Command {
+	var all bool
 	cmd := &cobra.Command{
 		Use:     "undo (ID | --all)",
 		Short:   "Take a step back",
-		Long:    "Takes a step back: the isolation, the label, the freeze. stoop history shows the\nids of the steps that can be. It works while stoop is paused, and for what was done\non the node itself also without a cluster.",
+		Long:    "Takes a step back: the isolation, the label, the freeze. stoop history shows\nthe ids of the steps that can be. It works while stoop is paused and, for what\nwas done on the node itself, without a cluster.",
 		Example: "  stoop undo 4f1c0e6f6a4de1d0a2b7\n  stoop undo --all",
-		Args:    cobra.MaximumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 || all == (len(args) == 1) {
+				return errors.New("it takes the ID of a step, or --all")
+			}
+			return nil
+		},
 	}
 	data := dataFlag(cmd)
-	all := cmd.Flags().Bool("all", false, "take back every step that can be, the latest first")
+	cmd.Flags().BoolVar(&all, "all", false, "take back every step that can be, the latest first")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if *all != (len(args) == 0) {
-			return usage("stoop undo takes the ID of a step, or --all")
-		}
-		if *all {
+		if all {
 			return p.undoAll(cmd, *data)
 		}
 		var o broker.Outcome
