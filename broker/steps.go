@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -31,12 +30,6 @@ func StepSubject(responder, id string) string { return "stoop.actions." + respon
 func OutcomeSubject(responder string) string { return "stoop.outcomes." + responder }
 
 const (
-	// queueSteps and queueBytes bound what may wait for one responder. Past
-	// it, steps for alerts below Critical are given up, and for Critical and
-	// above past twice as much: a hanging destination must not fill the
-	// stream that the others' steps need.
-	queueSteps = 4096
-	queueBytes = 8 << 20
 	// redeliverAfter is when a step that nobody holds any more is given
 	// again; who works on one says so every keepEvery.
 	redeliverAfter = 10 * time.Second
@@ -46,32 +39,8 @@ const (
 	trimAbove = 16 << 20
 )
 
-// queue counts the steps that wait for a responder.
-type queue struct{ steps, bytes atomic.Int64 }
-
-// queues are those of all responders.
-type queues struct {
-	mu sync.Mutex
-	of map[string]*queue
-}
-
-func (q *queues) get(responder string) *queue {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.of == nil {
-		q.of = map[string]*queue{}
-	}
-	if q.of[responder] == nil {
-		q.of[responder] = &queue{}
-	}
-	return q.of[responder]
-}
-
-// ErrQueueFull says that too many steps wait for a responder already.
-var ErrQueueFull = errors.New("too many steps wait for this responder already")
-
 // Waiting is how many steps wait for, or are with, a responder.
-func (b *Broker) Waiting(responder string) int64 { return b.queues.get(responder).steps.Load() }
+func (b *Broker) Waiting(responder string) int64 { return b.queues.get(responder).waiting() }
 
 func (b *Broker) stepMsg(s *Step) (*nats.Msg, error) {
 	data, err := json.Marshal(s)
@@ -81,33 +50,19 @@ func (b *Broker) stepMsg(s *Step) (*nats.Msg, error) {
 	return &nats.Msg{Subject: StepSubject(s.Responder, s.ID), Data: data}, nil
 }
 
-// admit counts a step in, or refuses it.
-func (b *Broker) admit(s *Step, size int, urgent bool) error {
-	q := b.queues.get(s.Responder)
-	limit := int64(1)
-	if urgent {
-		limit = 2
-	}
-	if q.steps.Load() >= limit*queueSteps || q.bytes.Load() >= limit*queueBytes {
-		return fmt.Errorf("%s: %w (%d)", s.Responder, ErrQueueFull, q.steps.Load())
-	}
-	q.steps.Add(1)
-	q.bytes.Add(int64(size))
-	return nil
-}
-
-func (b *Broker) release(responder string, size int) {
-	q := b.queues.get(responder)
-	q.steps.Add(-1)
-	q.bytes.Add(-int64(size))
-}
-
 // stepAck is a step on its way into ACTIONS.
 type stepAck struct {
-	step *Step
-	size int
-	ack  jetstream.PubAckFuture // nil: err, or given up
-	err  error
+	step    *Step
+	counted bool
+	ack     jetstream.PubAckFuture // nil: err, or given up
+	err     error
+}
+
+// refused counts a step out that was counted in and that the store did not take.
+func (b *Broker) refused(a stepAck, duplicate bool) {
+	if a.counted {
+		b.queues.get(a.step.Responder).refused(a.step.ID, duplicate)
+	}
 }
 
 // publishStepAsync publishes a step; or, when too many wait for its responder,
@@ -115,17 +70,18 @@ type stepAck struct {
 func (b *Broker) publishStepAsync(ctx context.Context, js jetstream.JetStream, s *Step, urgent bool) stepAck {
 	for s != nil {
 		m, err := b.stepMsg(s)
+		var counted bool
 		if err == nil {
-			err = b.admit(s, len(m.Data), urgent)
+			counted, err = b.queues.get(s.Responder).admit(s, len(m.Data), urgent)
 		}
 		if err != nil {
 			s = b.giveUp(s, err)
 			continue
 		}
 		failpoint.Hit("router.before-publish")
-		a := stepAck{step: s, size: len(m.Data)}
+		a := stepAck{step: s, counted: counted}
 		if a.ack, err = b.publishAsync(ctx, js, m); err != nil {
-			b.release(s.Responder, a.size)
+			b.refused(a, false)
 			a.ack, a.err = nil, err
 		}
 		return a
@@ -174,7 +130,7 @@ func (b *Broker) stepStored(ctx context.Context, a stepAck) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	b.release(a.step.Responder, a.size)
+	b.refused(a, isDuplicate(err))
 	switch {
 	case isDuplicate(err):
 		return nil
@@ -202,7 +158,8 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	if err != nil {
 		return false, err
 	}
-	if err := b.admit(s, len(m.Data), true); err != nil {
+	counted, err := b.queues.get(s.Responder).admit(s, len(m.Data), true)
+	if err != nil {
 		return false, err
 	}
 	ctx, cancel := b.bound(ctx)
@@ -210,7 +167,7 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	if _, err = b.js.PublishMsg(ctx, m); err == nil {
 		return true, nil
 	}
-	b.release(s.Responder, len(m.Data))
+	b.refused(stepAck{step: s, counted: counted}, isDuplicate(err))
 	if isDuplicate(err) {
 		return false, nil
 	}
@@ -260,7 +217,7 @@ type Delivery struct {
 
 // Ack says that the step is dealt with.
 func (d *Delivery) Ack() error {
-	d.b.release(d.Step.Responder, len(d.msg.Data()))
+	d.b.queues.get(d.Step.Responder).end(d.Step.ID)
 	if err := d.msg.Ack(); err != nil {
 		return fmt.Errorf("acknowledge step %s: %w", d.Step.ID, err)
 	}
@@ -273,7 +230,10 @@ func (d *Delivery) Retry(delay time.Duration) error { return d.msg.NakWithDelay(
 func stepsConsumer(responder string) jetstream.ConsumerConfig {
 	return jetstream.ConsumerConfig{
 		Durable: responder, FilterSubject: StepSubject(responder, "*"),
-		AckPolicy: jetstream.AckExplicitPolicy, AckWait: redeliverAfter, MaxAckPending: 2 * queueSteps,
+		AckPolicy: jetstream.AckExplicitPolicy, AckWait: redeliverAfter,
+		// What may wait is bounded where it is published. A bound here would
+		// have the steps of a dead destination hold up those of the others.
+		MaxAckPending: -1,
 	}
 }
 
@@ -288,7 +248,7 @@ func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
 		return fmt.Errorf("consumer %s of %s: %w", responder, StreamActions, err)
 	}
 	info := c.CachedInfo()
-	b.queues.get(responder).steps.Store(int64(info.NumPending) + int64(info.NumAckPending))
+	b.queues.get(responder).set(int64(info.NumPending) + int64(info.NumAckPending))
 	return nil
 }
 
@@ -351,10 +311,10 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 		if err := json.Unmarshal(m.Data(), step); err != nil {
 			b.log.Error("a stored step can't be read, and is left out", "responder", responder, "error", err)
 			_ = m.Term()
-			b.release(responder, len(m.Data()))
 			<-slots
 			continue
 		}
+		b.queues.get(responder).give(step, len(m.Data()))
 		d := &Delivery{Step: step, msg: m, b: b}
 		if meta, err := m.Metadata(); err == nil {
 			d.Attempt = int(meta.NumDelivered)
@@ -428,7 +388,6 @@ func (h *held) keep(ctx context.Context) {
 func (b *Broker) TrimLoop(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	var lastSeq uint64
 	for {
 		select {
 		case <-ctx.Done():
@@ -442,16 +401,10 @@ func (b *Broker) TrimLoop(ctx context.Context) {
 		if s.CachedInfo().State.Bytes > trimAbove {
 			b.trim(ctx)
 		}
-		// Steps that outlived actionsAge were never released: where nothing
-		// waits, nothing is counted.
 		list := s.ListConsumers(ctx)
 		for c := range list.Info() {
-			if q := b.queues.get(c.Name); c.NumPending == 0 && c.NumAckPending == 0 && s.CachedInfo().State.LastSeq == lastSeq {
-				q.steps.Store(0)
-				q.bytes.Store(0)
-			}
+			b.queues.get(c.Name).heal(int64(c.NumPending)+int64(c.NumAckPending), time.Now())
 		}
-		lastSeq = s.CachedInfo().State.LastSeq
 	}
 }
 
