@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 
 	"stoop/broker"
+	"stoop/e2e/figures"
 	"stoop/e2e/harness"
 	"stoop/e2e/kube"
 	"stoop/e2e/program"
@@ -124,17 +125,17 @@ func (b *bench) latency() {
 			r.block = max(r.block/10, 2)
 		}
 		stoop, bare := s.compare(b.samples(r.n), r.block, r.rate)
-		p50, p99 := quantile(stoop, .5), quantile(stoop, .99)
-		bare50, bare99 := quantile(bare, .5), quantile(bare, .99)
+		p50, p99 := figures.Quantile(stoop, .5), figures.Quantile(stoop, .99)
+		bare50, bare99 := figures.Quantile(bare, .5), figures.Quantile(bare, .99)
 		b.add(row{
 			what:  fmt.Sprintf("alert written to the FIFO → pod seen gone, %g a second, p50 (%d each)", r.rate, len(stoop)),
-			stoop: ms(p50), bare: ms(bare50) + " (a bare DELETE)",
+			stoop: figures.MS(p50), bare: figures.MS(bare50) + " (a bare DELETE)",
 			ratio: fmt.Sprintf("%s, %s", more(p50-bare50), over(float64(p50), float64(bare50))),
 			aim:   "at most 1 ms more", held: p50-bare50 <= time.Millisecond,
 		})
 		b.add(row{
 			what:  fmt.Sprintf("the same, %g a second, p99", r.rate),
-			stoop: ms(p99), bare: ms(bare99),
+			stoop: figures.MS(p99), bare: figures.MS(bare99),
 			ratio: fmt.Sprintf("%s, %s", more(p99-bare99), over(float64(p99), float64(bare99))),
 			aim:   "at most 3 ms more", held: p99-bare99 <= 3*time.Millisecond,
 		})
@@ -160,9 +161,9 @@ func (s *stage) noteTook(since time.Time) {
 		}
 	}
 	s.note("By stoop's own account, from the alert's arrival, at p50 and p99: stored after %s and %s, matched after %s and %s, requested after %s and %s, answered by the API server after %s and %s; the slowest of %d steps after %s, %s, %s, %s.",
-		ms(quantile(stored, .5)), ms(quantile(stored, .99)), ms(quantile(matched, .5)), ms(quantile(matched, .99)),
-		ms(quantile(requested, .5)), ms(quantile(requested, .99)), ms(quantile(done, .5)), ms(quantile(done, .99)), len(done),
-		ms(micros(slowest.Stored)), ms(micros(slowest.Matched)), ms(micros(slowest.Requested)), ms(micros(slowest.Done)))
+		figures.MS(figures.Quantile(stored, .5)), figures.MS(figures.Quantile(stored, .99)), figures.MS(figures.Quantile(matched, .5)), figures.MS(figures.Quantile(matched, .99)),
+		figures.MS(figures.Quantile(requested, .5)), figures.MS(figures.Quantile(requested, .99)), figures.MS(figures.Quantile(done, .5)), figures.MS(figures.Quantile(done, .99)), len(done),
+		figures.MS(micros(slowest.Stored)), figures.MS(micros(slowest.Matched)), figures.MS(micros(slowest.Requested)), figures.MS(micros(slowest.Done)))
 }
 
 func micros(m broker.Micros) time.Duration { return time.Duration(m) * time.Microsecond }

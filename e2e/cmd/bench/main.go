@@ -20,6 +20,7 @@ import (
 
 	rbacv1 "k8s.io/api/rbac/v1"
 
+	"stoop/e2e/figures"
 	"stoop/e2e/harness"
 	"stoop/e2e/kube"
 	"stoop/e2e/program"
@@ -65,7 +66,7 @@ func main() {
 		text := b.report()
 		fmt.Print(text)
 		if *write != "" {
-			err = replacePart(*write, text)
+			err = figures.Replace(*write, beginMark, endMark, text)
 		}
 	}
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"stoop/e2e/figures"
 	"stoop/e2e/harness"
 	"stoop/e2e/kube"
 	"stoop/e2e/program"
@@ -110,10 +111,10 @@ func (b *bench) storm() {
 	if err != nil {
 		b.Fatalf("%v", err)
 	}
-	q99, s99 := quantile(quiet, .99), quantile(stormy, .99)
+	q99, s99 := figures.Quantile(quiet, .99), figures.Quantile(stormy, .99)
 	b.add(row{
 		what:  fmt.Sprintf("Critical alert → pod seen gone amid %d debug alerts a second, p99 (%d)", stormRate, n),
-		stoop: ms(s99), bare: ms(q99) + " (stoop without the flood)",
+		stoop: figures.MS(s99), bare: figures.MS(q99) + " (stoop without the flood)",
 		ratio: fmt.Sprintf("%s, %s", more(s99-q99), over(float64(s99), float64(q99))),
 		aim:   "at most 25 ms more", held: s99-q99 <= 25*time.Millisecond,
 	})
@@ -122,8 +123,8 @@ func (b *bench) storm() {
 		aim: "under 128 MiB", held: peak < 128<<20,
 	})
 	b.note("Amid the flood: stoop's p50 %s, a bare DELETE's p50 %s and p99 %s (without: %s, %s, %s). The flood came to %.0f alerts a second, and stoop shed %.0f of %d.",
-		ms(quantile(stormy, .5)), ms(quantile(bareStormy, .5)), ms(quantile(bareStormy, .99)),
-		ms(quantile(quiet, .5)), ms(quantile(bareQuiet, .5)), ms(quantile(bareQuiet, .99)),
+		figures.MS(figures.Quantile(stormy, .5)), figures.MS(figures.Quantile(bareStormy, .5)), figures.MS(figures.Quantile(bareStormy, .99)),
+		figures.MS(figures.Quantile(quiet, .5)), figures.MS(figures.Quantile(bareQuiet, .5)), figures.MS(figures.Quantile(bareQuiet, .99)),
 		float64(written)/took.Seconds(), s.stoop.Metric("stoop_alerts_shed_total"), written)
 	s.noteTook(began)
 	s.stoop.Stop()
@@ -227,13 +228,13 @@ func (b *bench) idle() {
 			b.Fatalf("%v", err)
 		}
 	}
-	slowest := quantile(stoop, 1)
+	slowest := figures.Quantile(stoop, 1)
 	b.add(row{
 		what:  fmt.Sprintf("start → ready, empty store, cluster with %d pods on the node; p50, slowest of %d", pods, starts),
-		stoop: ms(quantile(stoop, .5)) + ", " + ms(slowest), bare: ms(quantile(bare, .5)) + ", " + ms(quantile(bare, 1)),
-		ratio: over(float64(quantile(stoop, .5)), float64(quantile(bare, .5))), aim: "under 300 ms", held: slowest < 300*time.Millisecond,
+		stoop: figures.MS(figures.Quantile(stoop, .5)) + ", " + figures.MS(slowest), bare: figures.MS(figures.Quantile(bare, .5)) + ", " + figures.MS(figures.Quantile(bare, 1)),
+		ratio: over(float64(figures.Quantile(stoop, .5)), float64(figures.Quantile(bare, .5))), aim: "under 300 ms", held: slowest < 300*time.Millisecond,
 	})
-	b.note("Start → ready without a cluster: p50 %s, slowest %s.", ms(quantile(alone, .5)), ms(quantile(alone, 1)))
+	b.note("Start → ready without a cluster: p50 %s, slowest %s.", figures.MS(figures.Quantile(alone, .5)), figures.MS(figures.Quantile(alone, 1)))
 
 	s := program.Start(b, b.options(node, b.deleteRules()))
 	p, _ := b.startBare(node)
