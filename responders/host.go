@@ -2,6 +2,7 @@ package responders
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -413,6 +414,12 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		}
 		failpoint.Hit("host.after-intent")
 	}
+	req.Intended = h.undos.record(s.ID)
+	req.intend = func(undo json.RawMessage, ttl time.Duration) {
+		if err := h.undos.add(context.WithoutCancel(ctx), s, r.Name, Result{Undo: undo, TTL: ttl}, true); err != nil {
+			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
+		}
+	}
 	s.Took.Requested = broker.MicrosSince(s.Received)
 	actCtx, cancel := h.deadline(ctx, r.Deadline)
 	res, err := r.act.Act(actCtx, req)
@@ -451,8 +458,13 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	ctx = context.WithoutCancel(ctx)
 	undo := status == broker.Done && res.Undo != nil
 	if undo {
-		if err := h.undos.add(ctx, s, r.Name, res); err != nil {
+		if err := h.undos.add(ctx, s, r.Name, res, false); err != nil {
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
+		}
+	} else if status == broker.Nothing || !req.Resumed {
+		// Otherwise an earlier try may have done it before this one failed.
+		if err := h.undos.forget(ctx, s.ID); err != nil {
+			h.Log.Error("the undo of a step that was not done could not be forgotten", "step", s.ID, "error", err)
 		}
 	}
 	res.Reason = reason

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -111,27 +112,45 @@ func (l *podLabeller) Act(ctx context.Context, r *Request) (Result, error) {
 		return fail(err)
 	}
 	rec := labelling{Namespace: pod.Namespace, Pod: pod.Name, UID: pod.UID, Changes: map[string]labelChange{}}
+	before := intended(r, pod)
 	set := map[string]*string{}
 	for name, value := range params.Labels {
 		from, to := labelOf(pod.Labels, name), (*string)(nil)
 		if value != "" {
 			to = &value
 		}
-		if !sameLabel(from, to) {
+		if c, ok := before.Changes[name]; ok && sameLabel(from, to) && sameLabel(c.To, to) {
+			rec.Changes[name] = c // by an earlier try of this very step
+		} else if !sameLabel(from, to) {
 			set[name], rec.Changes[name] = to, labelChange{from, to}
 		}
 	}
-	if len(set) == 0 {
+	if len(rec.Changes) == 0 {
 		return Result{Nothing: true, Reason: "the pod's labels are so already"}, nil
-	}
-	if err := l.patch(ctx, rec, pod.ResourceVersion, set); err != nil {
-		return fail(err)
 	}
 	undo, err := json.Marshal(rec)
 	if err != nil {
 		return fail(err)
 	}
-	return Result{Reason: "labels changed: " + names(set), Undo: undo, TTL: time.Duration(params.TTL)}, nil
+	ttl := time.Duration(params.TTL)
+	if len(set) > 0 {
+		// Afterwards the pod does not tell what was there before.
+		r.Intend(undo, ttl)
+		if err := l.patch(ctx, rec, pod.ResourceVersion, set); err != nil {
+			return fail(err)
+		}
+	}
+	return Result{Reason: "labels changed: " + names(rec.Changes), Undo: undo, TTL: ttl}, nil
+}
+
+// intended is what an earlier try of this step was about to change, if it was cut
+// off and may have done so.
+func intended(r *Request, pod *corev1.Pod) labelling {
+	var rec labelling
+	if json.Unmarshal(r.Intended, &rec) != nil || rec.UID != pod.UID {
+		return labelling{}
+	}
+	return rec
 }
 
 // Undo puts back those labels that still are what Act made of them.
@@ -196,6 +215,6 @@ func sameLabel(a, b *string) bool {
 	return a == nil && b == nil || a != nil && b != nil && *a == *b
 }
 
-func names(set map[string]*string) string {
+func names[V any](set map[string]V) string {
 	return strings.Join(slices.Sorted(maps.Keys(set)), ", ")
 }

@@ -144,6 +144,19 @@ type Request struct {
 	// was about to act: look at the world before acting, so that nothing is
 	// asked for twice.
 	Resumed bool
+	// Intended is what that run, or an earlier try, gave to [Request.Intend].
+	Intended json.RawMessage
+	intend   func(undo json.RawMessage, ttl time.Duration)
+}
+
+// Intend stores what taking the step back will need before it is done. It is for
+// a responder that can't tell afterwards, should the process be killed right
+// after the act: what was there before is gone then. What Act returns replaces
+// it, and a step that ended with nothing done forgets it.
+func (r *Request) Intend(undo json.RawMessage, ttl time.Duration) {
+	if r.intend != nil {
+		r.intend(undo, ttl)
+	}
 }
 
 // local reports whether its steps act on this node, without the API server, and

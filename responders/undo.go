@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -25,6 +26,14 @@ type undo struct {
 	Due       time.Time       `json:"due,omitzero"` // when it is taken back by itself
 	Done      time.Time       `json:"done"`         // when the step was done
 	Undone    time.Time       `json:"undone,omitzero"`
+	// Intended: it was about to be done, and may have been.
+	Intended bool `json:"intended,omitempty"`
+
+	// Of a ttl that could not be carried out: how often, and what was said of
+	// it when.
+	attempts int
+	said     string
+	saidAt   time.Time
 }
 
 const (
@@ -33,6 +42,12 @@ const (
 	// undoKept is how long a step can be taken back that nothing takes back
 	// by itself.
 	undoKept = 30 * 24 * time.Hour
+	// A ttl that can't be carried out is tried again after undoFirst, and ever
+	// less often, up to undoMost apart. Why is said when it is another reason
+	// than before, and every undoSaid.
+	undoFirst = time.Second
+	undoMost  = 5 * time.Minute
+	undoSaid  = time.Hour
 )
 
 // over reports whether nobody needs the record any more.
@@ -87,13 +102,15 @@ func (u *undos) dump(into map[string][]byte) {
 	}
 }
 
-func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res Result) error {
-	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo, Done: time.Now().UTC()}
+// add stores how a step is taken back that was done, or is about to be.
+func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res Result, intended bool) error {
+	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo, Done: time.Now().UTC(), Intended: intended}
 	if res.TTL > 0 {
 		r.Due = time.Now().Add(res.TTL).UTC()
 	}
 	u.mu.Lock()
 	u.byID[s.ID] = r
+	stored := *r
 	maps.DeleteFunc(u.byID, func(_ string, r *undo) bool { return r.over(r.Done) || r.over(time.Now()) })
 	u.mu.Unlock()
 	ttl := undoKept
@@ -104,7 +121,32 @@ func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res R
 	case u.wake <- struct{}{}:
 	default:
 	}
-	return u.state.Put(ctx, "undo."+s.ID, r, ttl)
+	return u.state.Put(ctx, "undo."+s.ID, stored, ttl)
+}
+
+// record is what a step that was not taken back left for that, or nil.
+func (u *undos) record(id string) json.RawMessage {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if r := u.byID[id]; r != nil && r.Undone.IsZero() {
+		return r.Record
+	}
+	return nil
+}
+
+// forget drops what was stored of a step that was about to be done, and was not.
+func (u *undos) forget(ctx context.Context, id string) error {
+	u.mu.Lock()
+	r := u.byID[id]
+	intended := r != nil && r.Intended
+	if intended {
+		delete(u.byID, id)
+	}
+	u.mu.Unlock()
+	if !intended {
+		return nil
+	}
+	return u.state.Delete(ctx, "undo."+id)
 }
 
 // next is the step that falls due first, and when.
@@ -174,6 +216,20 @@ var ErrNoUndo = errors.New("no step of this id can be taken back (stoop history 
 // Undo takes a step back. Taking back what was taken back already is the
 // status nothing.
 func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, error) {
+	o, err := h.undo(ctx, id, actor)
+	h.recordFailed(o, err)
+	return o, err
+}
+
+// recordFailed records that a step could not be taken back.
+func (h *Host) recordFailed(o broker.Outcome, err error) {
+	if err != nil && (o.Status == broker.Failed || o.Status == broker.Retrying) {
+		h.record(o)
+	}
+}
+
+// undo takes a step back, and records that if it was.
+func (h *Host) undo(ctx context.Context, id, actor string) (broker.Outcome, error) {
 	u := h.undos
 	u.mu.Lock()
 	r := u.byID[id]
@@ -217,7 +273,6 @@ func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, erro
 		if retry {
 			o.Status = broker.Retrying
 		}
-		h.record(o)
 		return o, fmt.Errorf("take back %s: %s", id, reason)
 	}
 	h.record(o)
@@ -254,7 +309,6 @@ func (h *Host) UndoAll(ctx context.Context, actor string) ([]broker.Outcome, err
 // long as it can't be done: an isolation must not outlive its ttl because the
 // API server was away.
 func (h *Host) expireLoop(ctx context.Context) {
-	attempts := map[string]int{}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -272,22 +326,34 @@ func (h *Host) expireLoop(ctx context.Context) {
 			timer.Reset(wait)
 			continue
 		}
-		if _, err := h.Undo(ctx, id, "ttl"); err != nil {
-			attempts[id]++
-			h.undos.postpone(id, backoff(min(attempts[id], 8))*4)
-			h.Log.Warn("a ttl is over, but the step could not be taken back", "step", id, "attempt", attempts[id], "error", err)
-		} else {
-			delete(attempts, id)
+		if o, err := h.undo(ctx, id, "ttl"); err != nil {
+			if attempts, news := h.undos.failed(id, err, time.Now()); news {
+				h.recordFailed(o, err)
+				h.Log.Warn("a ttl is over, but the step could not be taken back; it is tried again", "step", id, "attempt", attempts, "error", err)
+			}
 		}
 		timer.Reset(0)
 	}
 }
 
-// postpone moves a due time in memory.
-func (u *undos) postpone(id string, d time.Duration) {
+// failed puts off, in memory, a step that could not be taken back when its ttl
+// was over. It returns how often that was, and whether people have to be told:
+// a fault that stays must not fill the history.
+func (u *undos) failed(id string, err error, now time.Time) (attempts int, news bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if r := u.byID[id]; r != nil {
-		r.Due = time.Now().Add(d)
+	r := u.byID[id]
+	if r == nil {
+		return 0, true
 	}
+	r.attempts++
+	wait := undoMost
+	if r.attempts <= 8 {
+		wait = undoFirst << (r.attempts - 1)
+	}
+	r.Due = now.Add(wait - wait/5 + rand.N(2*wait/5))
+	if said := err.Error(); said != r.said || now.Sub(r.saidAt) >= undoSaid {
+		r.said, r.saidAt, news = said, now, true
+	}
+	return r.attempts, news
 }

@@ -12,10 +12,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -249,6 +251,24 @@ func Run(t *testing.T, c Case) {
 			}
 			c.Undone(t, r.world, r.pod)
 		})
+		if pod {
+			part("undo of a step whose answers were lost", func(t *testing.T, r *rig) {
+				h := r.start()
+				s := r.step()
+				r.net.loseAnswers(true)
+				r.publish(s)
+				o := r.outcome(s, func(o broker.Outcome) bool { return o.Status != broker.Retrying }, "its end")
+				if o.Status != broker.Done || !o.Undo {
+					t.Fatalf("status %s (%s), undo %t; want a step that is done and can be taken back", o.Status, o.Reason, o.Undo)
+				}
+				r.done()
+				r.net.loseAnswers(false)
+				if o, err := h.Undo(t.Context(), s.ID, "test"); err != nil || o.Status != broker.Undone {
+					t.Fatalf("undo: status %s (%s), error %v", o.Status, o.Reason, err)
+				}
+				c.Undone(t, r.world, r.pod)
+			})
+		}
 		part("undo of a pod that was replaced", func(t *testing.T, r *rig) {
 			h := r.start()
 			s := r.step()
@@ -560,6 +580,8 @@ type network struct {
 	mu      sync.Mutex
 	written []write
 	hanging chan struct{} // closed when it goes on; nil when it does not hang
+	lose    bool          // the answer to the first request of each kind that writes
+	lost    map[string]bool
 }
 
 type tripper struct {
@@ -578,6 +600,25 @@ func (n *network) hang(on bool) {
 		close(n.hanging)
 		n.hanging = nil
 	}
+}
+
+// loseAnswers has the connection break down after a request was carried out: once
+// for each kind of request that changes something.
+func (n *network) loseAnswers(on bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.lose, n.lost = on, map[string]bool{}
+}
+
+func (n *network) loses(w write) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	kind := w.verb + " " + w.resource
+	if !n.lose || n.lost[kind] {
+		return false
+	}
+	n.lost[kind] = true
+	return true
 }
 
 func (n *network) writes() []write {
@@ -602,8 +643,17 @@ func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if c, ok := read(req); ok && req.Method != http.MethodGet {
 		p.n.mu.Lock()
-		p.n.written = append(p.n.written, write{c.verb, c.group, c.resource, c.name})
+		w := write{c.verb, c.group, c.resource, c.name}
+		p.n.written = append(p.n.written, w)
 		p.n.mu.Unlock()
+		if p.n.loses(w) {
+			resp, err := p.next.RoundTrip(req)
+			if err != nil {
+				return nil, err
+			}
+			resp.Body.Close()
+			return nil, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
+		}
 	}
 	return p.next.RoundTrip(req)
 }
