@@ -128,7 +128,8 @@ type Env struct {
 	// that the alerts come from (a laptop).
 	Local    *node.Node
 	Evidence *evidence.Store
-	Self     Self // what stoop is known by
+	Self     Self          // what stoop is known by
+	Own      *OwnProcesses // what stoop has started itself; nil remembers nothing
 	Log      *slog.Logger
 }
 

@@ -1,0 +1,81 @@
+package responders
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// groupTrouble begins what the child says when it could not enter its cgroup.
+	groupTrouble = "cgroup: "
+	// runFiles, runFileSize and runProcesses limit a program, besides memory.
+	runFiles     = 1024
+	runFileSize  = 1 << 30
+	runProcesses = 256
+)
+
+// RunChild is the hidden command "stoop child run", what the responder run starts:
+// it puts limits on itself, which a parent could only do when the program runs
+// already, and becomes the program. It returns only if it could not, and has then
+// said why on file descriptor 3.
+func RunChild(args []string) error {
+	unix.CloseOnExec(3)
+	err := runChild(args)
+	if _, werr := io.WriteString(os.NewFile(3, "parent"), err.Error()+"\n"); werr != nil {
+		return errors.Join(err, werr)
+	}
+	return err
+}
+
+func runChild(args []string) error {
+	var groups []string
+	flags := flag.NewFlagSet("child run", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	memory := flags.Int64("memory", 0, "")
+	flags.Func("cgroup", "", func(dir string) error { groups = append(groups, dir); return nil })
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() == 0 || *memory <= 0 {
+		return errors.New("this command is stoop's own: it is started by the responder run")
+	}
+	for _, dir := range groups {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
+			return fmt.Errorf(groupTrouble+"%w", err)
+		}
+	}
+	// The first to go when memory is short, before stoop. Where the kernel does
+	// not let it say so, it says nothing.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
+	syscall.Umask(0o077)
+	// From here on this process might not get memory any more itself.
+	debug.SetGCPercent(-1)
+	for _, l := range []struct {
+		resource int
+		most     uint64
+	}{
+		{unix.RLIMIT_CORE, 0},
+		{unix.RLIMIT_NOFILE, runFiles},
+		{unix.RLIMIT_FSIZE, runFileSize},
+		{unix.RLIMIT_DATA, uint64(*memory)},
+	} {
+		var now syscall.Rlimit
+		if err := syscall.Getrlimit(l.resource, &now); err != nil {
+			return fmt.Errorf("read limit %d: %w", l.resource, err)
+		}
+		most := min(l.most, now.Max)
+		if err := syscall.Setrlimit(l.resource, &syscall.Rlimit{Cur: most, Max: most}); err != nil {
+			return fmt.Errorf("set limit %d to %d: %w", l.resource, most, err)
+		}
+	}
+	path := flags.Arg(0)
+	return syscall.Exec(path, flags.Args(), os.Environ())
+}
