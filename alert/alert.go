@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -41,16 +42,32 @@ type Alert struct {
 	Raw      []byte    // the JSON object: as Falco wrote it, or made from a plain-text line
 
 	rawFields []byte
+	asked     atomic.Int32 // for single fields
 	once      sync.Once
-	fields    map[string]any
+	fields    atomic.Pointer[map[string]any]
 }
 
 // Fields are the alert's output_fields: string, bool, [json.Number] (exact: no
 // digit of evt.time is lost), nil, or a slice or map of these. The map is
 // shared by all callers and must not be changed.
 func (a *Alert) Fields() map[string]any {
-	a.once.Do(func() { a.fields = decodeFields(a.rawFields) })
-	return a.fields
+	a.once.Do(func() { m := decodeFields(a.rawFields); a.fields.Store(&m) })
+	return *a.fields.Load()
+}
+
+// fewFields is how many single fields are looked for one by one, which is what
+// a rule's where mostly asks of an alert that it then does not match.
+const fewFields = 3
+
+// Value is one of [Alert.Fields], nil where it is not there or null.
+func (a *Alert) Value(name string) any {
+	if m := a.fields.Load(); m != nil {
+		return (*m)[name]
+	}
+	if a.asked.Add(1) > fewFields {
+		return a.Fields()[name]
+	}
+	return findField(a.rawFields, name)
 }
 
 // Field is one of the alert's fields as text, and whether it is there at all.
@@ -58,7 +75,7 @@ func (a *Alert) Fields() map[string]any {
 // not there.
 func (a *Alert) Field(name string) (string, bool) {
 	var s string
-	switch v := a.Fields()[name].(type) {
+	switch v := a.Value(name).(type) {
 	case string:
 		s = v
 	case json.Number:

@@ -35,12 +35,48 @@ func Parse(line []byte) (*Alert, error) {
 // decoders are kept between lines: at tens of thousands a second they are most
 // of what parsing would allocate. A decoder reads a bytes.Buffer in place,
 // without copying it.
-var decoders = sync.Pool{New: func() any { return new(jsontext.Decoder) }}
+var decoders = sync.Pool{New: func() any { return &decoder{words: map[string]string{}} }}
 
-func decoderOf(raw []byte) *jsontext.Decoder {
-	dec := decoders.Get().(*jsontext.Decoder)
+// decoder also remembers the short strings that most alerts have in common: the
+// name of the rule, the tags, the host. Kept once, they are neither allocated
+// for each alert nor looked at by the garbage collector for each that waits.
+type decoder struct {
+	jsontext.Decoder
+	words map[string]string
+}
+
+// What is remembered: words of at most wordMost bytes, wordsMost of them.
+const (
+	wordMost  = 64
+	wordsMost = 512
+)
+
+func decoderOf(raw []byte) *decoder {
+	dec := decoders.Get().(*decoder)
 	dec.Reset(bytes.NewBuffer(raw), jsontext.AllowInvalidUTF8(true))
 	return dec
+}
+
+// word is the string that stands quoted in v, if it is short and plain.
+func (dec *decoder) word(v jsontext.Value) (string, bool) {
+	if len(v) < 2 || len(v) > wordMost+2 {
+		return "", false
+	}
+	v = v[1 : len(v)-1]
+	for _, c := range v {
+		if c < ' ' || c > '~' || c == '\\' {
+			return "", false
+		}
+	}
+	if w, ok := dec.words[string(v)]; ok {
+		return w, true
+	}
+	if len(dec.words) >= wordsMost {
+		clear(dec.words)
+	}
+	w := string(v)
+	dec.words[w] = w
+	return w, true
 }
 
 type nothing struct{}
@@ -48,7 +84,7 @@ type nothing struct{}
 func (nothing) Read([]byte) (int, error) { return 0, io.EOF }
 
 // release keeps the decoder for the next line, without the line that it read.
-func release(dec *jsontext.Decoder) {
+func release(dec *decoder) {
 	dec.Reset(nothing{})
 	decoders.Put(dec)
 }
@@ -77,7 +113,7 @@ func parseJSON(line []byte) (*Alert, error) {
 // decode reads the object's keys into a and reports whether there was a
 // priority. Keys that an alert does not have (Falcosidekick adds some) are
 // passed over.
-func (a *Alert) decode(dec *jsontext.Decoder) (hasPriority bool, err error) {
+func (a *Alert) decode(dec *decoder) (hasPriority bool, err error) {
 	if _, err := dec.ReadToken(); err != nil { // the '{' that parseJSON saw
 		return false, err
 	}
@@ -88,14 +124,14 @@ func (a *Alert) decode(dec *jsontext.Decoder) (hasPriority bool, err error) {
 		}
 		switch name := keyName(key); name {
 		case "rule":
-			a.Rule, err = readString(dec, name)
+			a.Rule, err = readWord(dec, name)
 		case "output":
 			a.Output, err = readString(dec, name)
 		case "hostname":
-			a.Hostname, err = readString(dec, name)
+			a.Hostname, err = readWord(dec, name)
 		case "source":
 			var s string
-			if s, err = readString(dec, name); s != "" && s != SourceSyscall {
+			if s, err = readWord(dec, name); s != "" && s != SourceSyscall {
 				a.Source = s
 			}
 		case "time":
@@ -109,7 +145,7 @@ func (a *Alert) decode(dec *jsontext.Decoder) (hasPriority bool, err error) {
 			}
 		case "priority":
 			var s string
-			if s, err = readString(dec, name); err == nil && s != "" {
+			if s, err = readWord(dec, name); err == nil && s != "" {
 				a.Priority, err = ParsePriority(s)
 				hasPriority = true
 			}
@@ -178,7 +214,7 @@ func keyName(key jsontext.Value) string {
 	return ""
 }
 
-func wrongKind(dec *jsontext.Decoder, key, want string) error {
+func wrongKind(dec *decoder, key, want string) error {
 	k := dec.PeekKind()
 	if err := dec.SkipValue(); err != nil {
 		return err
@@ -205,7 +241,7 @@ func kindName(k jsontext.Kind) string {
 }
 
 // readString reads a string, or null as "".
-func readString(dec *jsontext.Decoder, key string) (string, error) {
+func readString(dec *decoder, key string) (string, error) {
 	switch dec.PeekKind() {
 	case '"':
 		t, err := dec.ReadToken()
@@ -219,7 +255,26 @@ func readString(dec *jsontext.Decoder, key string) (string, error) {
 	return "", wrongKind(dec, key, "a string")
 }
 
-func readStrings(dec *jsontext.Decoder) ([]string, error) {
+// readWord is readString for what is the same in many alerts.
+func readWord(dec *decoder, key string) (string, error) {
+	if dec.PeekKind() != '"' {
+		return readString(dec, key)
+	}
+	v, err := dec.ReadValue()
+	if err != nil {
+		return "", err
+	}
+	if w, ok := dec.word(v); ok {
+		return w, nil
+	}
+	s, err := jsontext.AppendUnquote(nil, v)
+	if err != nil && !utf8.Valid(v) {
+		err = nil // bytes that are no text stand as U+FFFD
+	}
+	return string(s), err
+}
+
+func readStrings(dec *decoder) ([]string, error) {
 	switch dec.PeekKind() {
 	case 'n':
 		return nil, dec.SkipValue()
@@ -230,9 +285,9 @@ func readStrings(dec *jsontext.Decoder) ([]string, error) {
 	if _, err := dec.ReadToken(); err != nil {
 		return nil, err
 	}
-	out := make([]string, 0, 8)
+	out := make([]string, 0, 4)
 	for dec.PeekKind() != ']' {
-		s, err := readString(dec, "tags")
+		s, err := readWord(dec, "tags")
 		if err != nil {
 			return nil, err
 		}
@@ -258,7 +313,46 @@ func decodeFields(raw []byte) map[string]any {
 	return m
 }
 
-func decodeValue(dec *jsontext.Decoder) (any, error) {
+// findField decodes one of the fields, without the others.
+func findField(raw []byte, name string) any {
+	if len(raw) == 0 {
+		return nil
+	}
+	dec := decoderOf(raw)
+	defer release(dec)
+	if _, err := dec.ReadToken(); err != nil {
+		return nil
+	}
+	for dec.PeekKind() == '"' {
+		key, err := dec.ReadValue()
+		if err != nil {
+			return nil
+		}
+		if !isName(key, name) {
+			if dec.SkipValue() != nil {
+				return nil
+			}
+			continue
+		}
+		v, err := decodeValue(dec)
+		if err != nil {
+			return nil
+		}
+		return v
+	}
+	return nil
+}
+
+// isName reports whether key is name, quoted.
+func isName(key jsontext.Value, name string) bool {
+	if bytes.IndexByte(key, '\\') < 0 && utf8.Valid(key) {
+		return len(key) == len(name)+2 && string(key[1:len(key)-1]) == name
+	}
+	plain, _ := jsontext.AppendUnquote(nil, key)
+	return string(plain) == name
+}
+
+func decodeValue(dec *decoder) (any, error) {
 	t, err := dec.ReadToken()
 	if err != nil {
 		return nil, err

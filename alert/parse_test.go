@@ -422,6 +422,7 @@ func FuzzParse(f *testing.F) {
 		`{"priority":"Alert","rule":"\ud800","tags":["\u0000"]}`,
 		`{"text":true,"priority":"debug"}`,
 		`{"priority":"Error","rule":"r"}{`,
+		`{"priority":"Error","rule":"r\xff","tags":["a\u0041","\xfe"],"output_fields":{"\u0061":1,"b\xff":{"c":[]},"":null}}`,
 		"{", "[", "\x00", "::: ", "\xff: \xfe",
 	} {
 		f.Add([]byte(seed))
@@ -445,6 +446,14 @@ func FuzzParse(f *testing.F) {
 		}
 		if a.Text && a.Target().Container+a.Target().Pod+a.Target().Namespace != "" {
 			t.Fatalf("text has a target: %+v", a.Target())
+		}
+		for name, v := range a.Fields() {
+			if one := findField(a.rawFields, name); !reflect.DeepEqual(one, v) {
+				t.Fatalf("field %q alone is %#v, among all it is %#v, in %q", name, one, v, line)
+			}
+		}
+		if findField(a.rawFields, "no such field") != a.Fields()["no such field"] {
+			t.Fatalf("a field that is not there is found in %q", line)
 		}
 		// What is stored says the same when it is read again.
 		again, err := Parse(a.Raw)

@@ -175,6 +175,9 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 			}
 		}
 	}
+	// One clock for all of them: a timer for each would cost more than to wait.
+	late := time.NewTimer(publishTimeout)
+	defer late.Stop()
 	stored := 0
 	for i, p := range acks {
 		if p.ack == nil {
@@ -199,6 +202,9 @@ func (b *Broker) Store(ctx context.Context, batch []Arrival) (int, error) {
 			}
 			continue
 		case err = <-p.ack.Err():
+		case <-late.C:
+			late.Reset(0) // for those behind it too
+			err = jetstream.ErrAsyncPublishTimeout
 		case <-b.Failed():
 			err = b.Err()
 		case <-ctx.Done():

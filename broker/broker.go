@@ -153,7 +153,7 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	if b.conn, err = b.Connect("broker"); err != nil {
 		return nil, err
 	}
-	if b.js, err = jetstream.New(b.conn, jetstream.WithPublishAsyncMaxPending(4096), jetstream.WithPublishAsyncTimeout(publishTimeout)); err != nil {
+	if b.js, err = jetstream.New(b.conn, jetstream.WithPublishAsyncMaxPending(4096)); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)

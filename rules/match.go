@@ -85,7 +85,7 @@ func matchField(a *alert.Alert, name string, ps *patterns, q quantifier) bool {
 	if s, ok := a.Field(name); ok {
 		return ps.match(s)
 	}
-	list, ok := a.Fields()[name].([]any)
+	list, ok := a.Value(name).([]any)
 	if !ok || len(list) == 0 {
 		return false
 	}

@@ -175,7 +175,7 @@ func (act *activation) ResolveName(name string) (any, bool) {
 	case "output":
 		return types.String(a.Output), true
 	case "fields":
-		return &fieldMap{raw: a.Fields()}, true
+		return &fieldMap{alert: a}, true
 	}
 	return nil, false
 }
@@ -187,8 +187,8 @@ func (act *activation) Parent() cel.Activation { return nil }
 // up, so each is made ready when it is; the rare expression that wants them all
 // gets a copy.
 type fieldMap struct {
-	raw  map[string]any
-	copy traits.Mapper
+	alert *alert.Alert
+	copy  traits.Mapper
 }
 
 var _ traits.Mapper = (*fieldMap)(nil)
@@ -199,7 +199,7 @@ func (m *fieldMap) Find(key ref.Val) (ref.Val, bool) {
 	if !ok {
 		return types.MaybeNoSuchOverloadErr(key), false
 	}
-	v := m.raw[string(name)]
+	v := m.alert.Value(string(name))
 	if v == nil || v == "" || v == "<NA>" {
 		return nil, false
 	}
@@ -229,8 +229,9 @@ func (m *fieldMap) Contains(key ref.Val) ref.Val {
 
 func (m *fieldMap) all() traits.Mapper {
 	if m.copy == nil {
-		out := make(map[string]any, len(m.raw))
-		for name, v := range m.raw {
+		raw := m.alert.Fields()
+		out := make(map[string]any, len(raw))
+		for name, v := range raw {
 			if v != nil && v != "" && v != "<NA>" {
 				out[name] = celValue(v)
 			}
