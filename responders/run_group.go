@@ -2,6 +2,7 @@ package responders
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io/fs"
 	"os"
@@ -169,7 +170,7 @@ func (g *group) remove() {
 // hierarchy is where stoop itself stands in one of the kernel's cgroup trees.
 type hierarchy struct {
 	v2         bool
-	controller string // of v1: "pids" or "memory"
+	controller string // of v1: "pids" or "memory"; "" for v2
 	dir        string // stoop's own folder
 	path       string // the same, as /proc/PID/cgroup says it; "" is the root
 }
@@ -219,24 +220,18 @@ func (root proc) hierarchies() []hierarchy {
 		mounted, top := unescape(f[4]), unescape(f[3])
 		rel, err := filepath.Rel(top, at)
 		switch {
+		case strings.HasPrefix(top, "/.."):
+			// The host's tree, mounted into a container that has a cgroup
+			// namespace of its own: begin at its top.
+			h.dir, h.path = mounted, top
 		case err == nil && rel != ".." && !strings.HasPrefix(rel, "../"):
 			h.dir, h.path = filepath.Join(mounted, rel), strings.TrimSuffix(at, "/")
 		default:
-			// The host's tree, mounted into a container that has a cgroup
-			// namespace of its own: begin at its top.
-			h.dir, h.path = mounted, strings.TrimSuffix(top, "/")
+			continue // stoop's own place is not in what is mounted
 		}
 		found = append(found, h)
 	}
-	slices.SortStableFunc(found, func(a, b hierarchy) int {
-		switch {
-		case a.v2 && !b.v2:
-			return -1
-		case b.v2 && !a.v2:
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(found, func(a, b hierarchy) int { return cmp.Compare(a.controller, b.controller) })
 	return found
 }
 
