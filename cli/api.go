@@ -58,6 +58,10 @@ const (
 	// apiTimeout bounds a request, apiMost how many are answered at once.
 	apiTimeout = time.Minute
 	apiMost    = 16
+	// historyTimeout and historyMost are the same for reading the history, which
+	// takes long: the asker waits no longer either.
+	historyTimeout = askTimeout
+	historyMost    = 4
 	// watchFor is how long verdicts are published after somebody asked.
 	watchFor = 30 * time.Second
 	// historyPage is how many outcomes one answer holds.
@@ -75,46 +79,70 @@ type api struct {
 // answer is a request's answer: a value, or an error.
 type answer func(ctx context.Context, m *nats.Msg, actor string) (any, error)
 
+// desk answers some of the requests, so many at a time. One that comes when it is
+// busy is told so at once.
+type desk struct {
+	answers map[string]answer // by subject
+	most    int
+	timeout time.Duration
+	busy    string
+}
+
+// desks are apart so that who reads much keeps nobody from publishing, and nobody
+// keeps anybody from stopping stoop.
+func (a *api) desks() []desk {
+	busy := fmt.Sprintf("%d requests are being answered: ask again later", apiMost)
+	return []desk{
+		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo}, apiMost, apiTimeout, busy},
+		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
+		{
+			map[string]answer{apiHistory: a.history},
+			historyMost, historyTimeout,
+			fmt.Sprintf("the history is being read %d times already: ask again in some seconds", historyMost),
+		},
+	}
+}
+
 // serveAPI answers until stop is called, which waits for the requests that are
 // being answered.
 func serveAPI(ctx context.Context, e *engine, b *broker.Broker, h *responders.Host) (stop func(), err error) {
 	a := &api{engine: e, broker: b, host: h, intake: e.store}
+	return serveDesks(ctx, b, a.desks(), func(m *nats.Msg) string {
+		if actor := e.local.Actor(m); actor != "" {
+			return actor
+		}
+		return "a NATS client"
+	})
+}
+
+func serveDesks(ctx context.Context, b *broker.Broker, desks []desk, actor func(*nats.Msg) string) (stop func(), err error) {
 	nc, err := b.ConnectAPI()
 	if err != nil {
 		return nil, err
 	}
 	var running sync.WaitGroup
-	slots, stops := make(chan struct{}, apiMost), make(chan struct{}, apiMost)
-	for subject, f := range map[string]answer{
-		apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiPublish: a.publish, apiWatch: a.watch, apiHistory: a.history,
-	} {
-		slots := slots
-		switch subject {
-		case apiPause, apiResume, apiUndo:
-			slots = stops // who reads much must not keep anybody from stopping stoop
-		}
-		_, err := nc.Subscribe(subject, func(m *nats.Msg) {
-			select {
-			case slots <- struct{}{}:
-			default:
-				respond(m, nil, fmt.Errorf("%d requests are being answered: ask again later", apiMost))
-				return
-			}
-			running.Go(func() {
-				defer func() { <-slots }()
-				ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-				defer cancel()
-				actor := e.local.Actor(m)
-				if actor == "" {
-					actor = "a NATS client"
+	for _, d := range desks {
+		slots := make(chan struct{}, d.most)
+		for subject, f := range d.answers {
+			_, err := nc.Subscribe(subject, func(m *nats.Msg) {
+				select {
+				case slots <- struct{}{}:
+				default:
+					respond(m, nil, errors.New(d.busy))
+					return
 				}
-				v, err := f(ctx, m, actor)
-				respond(m, v, err)
+				running.Go(func() {
+					defer func() { <-slots }()
+					ctx, cancel := context.WithTimeout(ctx, d.timeout)
+					defer cancel()
+					v, err := f(ctx, m, actor(m))
+					respond(m, v, err)
+				})
 			})
-		})
-		if err != nil {
-			nc.Close()
-			return nil, fmt.Errorf("answer %s: %w", subject, err)
+			if err != nil {
+				nc.Close()
+				return nil, fmt.Errorf("answer %s: %w", subject, err)
+			}
 		}
 	}
 	if err := nc.Flush(); err != nil {
