@@ -25,7 +25,12 @@ const (
 	// stream, so that a flood of it leaves the others in place. It is more
 	// than may wait to be routed, so it never discards an unread alert.
 	alertsPerSubject = 2 * maxLag
-	actionsSize      = 256 << 20
+	// outcomeRoom bounds what one responder can take of OUTCOMES: there is one
+	// outcome of it for each so many bytes of the stream's size, 65,536 by
+	// default. Most take a third of that or less, so a webhook that fails all
+	// the time leaves the history of the others in place.
+	outcomeRoom = 2 << 10
+	actionsSize = 256 << 20
 	// actionsAge bounds how long a step may be tried.
 	actionsAge = 2 * time.Hour
 	stateSize  = 64 << 20
@@ -64,7 +69,7 @@ func (b *Broker) createStreams(ctx context.Context) error {
 		},
 		{
 			Name: StreamOutcomes, Description: "what became of each step", Subjects: []string{"stoop.outcomes.>"},
-			MaxAge: b.cfg.OutcomesAge, MaxBytes: b.cfg.OutcomesSize,
+			MaxAge: b.cfg.OutcomesAge, MaxBytes: b.cfg.OutcomesSize, MaxMsgsPerSubject: b.cfg.OutcomesSize / outcomeRoom,
 		},
 	}
 	for _, c := range streams {
