@@ -20,6 +20,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"failpoint":              {},
 		"web":                    {},
 		"node":                   {},
+		"node/nodetest":          {},
 		"evidence":               {},
 		"broker":                 {"alert", "failpoint"},
 		"broker/brokertest":      {"broker"},

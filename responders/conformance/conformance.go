@@ -12,8 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -32,6 +34,8 @@ import (
 	"stoop/alert"
 	"stoop/broker"
 	"stoop/broker/brokertest"
+	"stoop/evidence"
+	nodes "stoop/node"
 	"stoop/responders"
 )
 
@@ -63,6 +67,21 @@ type Case struct {
 	Done func(t testing.TB, w World, pod *corev1.Pod)
 	// Undone fails the test unless it is as before. For what can be undone.
 	Undone func(t testing.TB, w World, pod *corev1.Pod)
+	// Suspect makes what a responder of the node itself acts on, anew for each
+	// part of the suite.
+	Suspect func(t testing.TB) *Suspect
+}
+
+// Suspect is a container or a process on this very machine.
+type Suspect struct {
+	Container string         // its whole id; "" for a process of the host
+	PID       int            // 0: the alert names none
+	Start     int64          // of the process, as Falco writes it
+	Fields    map[string]any // further ones of the alert
+	Remove    func()         // ends it, so that nothing of it is left
+	Effects   func() int     // 0 as long as nothing was done to it
+	Done      func()         // fails the test unless the step was done
+	Undone    func()         // fails the test unless it is as before; for what can be undone
 }
 
 const node = "conformance-node"
@@ -98,7 +117,7 @@ func Run(t *testing.T, c Case) {
 		s := r.step()
 		r.want(s, broker.Done)
 		effects := r.effects()
-		if _, err := r.act(t.Context(), s, true); err != nil && !errors.Is(err, responders.ErrGone) && !apierrors.IsNotFound(err) {
+		if _, err := r.act(t.Context(), s, true); err != nil && !gone(err) {
 			t.Errorf("a second run of the step, as after a crash: %v", err)
 		}
 		// People may be told twice after a crash, since nobody can know.
@@ -106,10 +125,10 @@ func Run(t *testing.T, c Case) {
 			t.Errorf("a second run of the step, as after a crash, acted again: %d times in all, %d before; %v", got, effects, r.net.writes())
 		}
 		r.done()
-		if pod && harm {
+		if (pod || c.Suspect != nil) && harm {
 			// And as a further try in the same process, which looks at what
 			// it knew before.
-			if _, err := r.act(t.Context(), s, false); err != nil && !errors.Is(err, responders.ErrGone) && !apierrors.IsNotFound(err) {
+			if _, err := r.act(t.Context(), s, false); err != nil && !gone(err) {
 				t.Errorf("a second try of the step: %v", err)
 			}
 			r.done()
@@ -167,6 +186,24 @@ func Run(t *testing.T, c Case) {
 			s := r.step()
 			r.want(s, broker.Suppressed)
 			r.nothingDone()
+		})
+	}
+	if c.Suspect != nil {
+		part("suspect gone", func(t *testing.T, r *rig) {
+			r.start()
+			s := r.step()
+			r.suspect.Remove()
+			r.want(s, broker.Nothing)
+		})
+		part("suspect replaced", func(t *testing.T, r *rig) {
+			r.start()
+			s := r.step()
+			r.suspect.Remove()
+			next := c.Suspect(t)
+			r.want(s, broker.Nothing)
+			if n := next.Effects(); n != 0 {
+				t.Errorf("another one was acted on in its place, %d times", n)
+			}
 		})
 	}
 	if pod {
@@ -245,11 +282,11 @@ func Run(t *testing.T, c Case) {
 			if err != nil || o.Status != broker.Undone {
 				t.Fatalf("undo: status %s (%s), error %v", o.Status, o.Reason, err)
 			}
-			c.Undone(t, r.world, r.pod)
+			r.undone()
 			if o, err = h.Undo(t.Context(), s.ID, "test"); err != nil || o.Status != broker.Nothing {
 				t.Errorf("undo once more: status %s (%s), error %v, want nothing", o.Status, o.Reason, err)
 			}
-			c.Undone(t, r.world, r.pod)
+			r.undone()
 		})
 		if pod {
 			part("undo of a step whose answers were lost", func(t *testing.T, r *rig) {
@@ -268,6 +305,22 @@ func Run(t *testing.T, c Case) {
 				}
 				c.Undone(t, r.world, r.pod)
 			})
+		}
+		if c.Suspect != nil {
+			part("undo of a suspect that is gone", func(t *testing.T, r *rig) {
+				h := r.start()
+				s := r.step()
+				r.want(s, broker.Done)
+				r.suspect.Remove()
+				next := c.Suspect(t)
+				if o, err := h.Undo(t.Context(), s.ID, "test"); err != nil || o.Status == broker.Failed {
+					t.Errorf("undo: status %s (%s), error %v", o.Status, o.Reason, err)
+				}
+				if n := next.Effects(); n != 0 {
+					t.Errorf("another one was acted on in its place, %d times", n)
+				}
+			})
+			return
 		}
 		part("undo of a pod that was replaced", func(t *testing.T, r *rig) {
 			h := r.start()
@@ -291,6 +344,7 @@ type rig struct {
 	world     World
 	namespace string
 	pod       *corev1.Pod
+	suspect   *Suspect
 	params    string
 	counted   func() int
 	guards    responders.Guards
@@ -301,6 +355,7 @@ type rig struct {
 	watched   chan struct{}
 	broker    *broker.Broker
 	responder responders.Responder
+	local     *nodes.Node
 
 	mu       sync.Mutex
 	outcomes []broker.Outcome
@@ -326,6 +381,10 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 	if r.kube, err = responders.NewKube(config); err != nil {
 		t.Fatal(err)
 	}
+	if c.Suspect != nil {
+		r.suspect = c.Suspect(t)
+		r.counted = r.suspect.Effects
+	}
 	r.pod = r.newPod("web-0")
 	return r
 }
@@ -349,7 +408,13 @@ func (r *rig) start() *responders.Host {
 		r.pods.Run(watching)
 	}()
 	r.broker = brokertest.New(t)
+	evidence, err := evidence.Open(evidence.Config{Dir: filepath.Join(t.TempDir(), "evidence"), Size: 64 << 20, PerTarget: 3, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.local = nodes.New(nodes.Config{Log: log})
 	env := responders.Env{
+		Local: r.local, Evidence: evidence,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
 		Node: node, Cluster: "test", Data: t.TempDir(), Log: log,
 	}
@@ -413,10 +478,17 @@ func (r *rig) step() *broker.Step {
 	r.t.Helper()
 	_, id, _ := strings.Cut(r.pod.Status.ContainerStatuses[0].ContainerID, "://")
 	now := time.Now().UTC()
+	fields := map[string]any{"container.id": id[:12], "k8s.ns.name": r.pod.Namespace, "k8s.pod.name": r.pod.Name}
+	if r.suspect != nil {
+		maps.Copy(fields, r.suspect.Fields)
+		if r.suspect.PID != 0 {
+			fields["proc.pid"], fields["proc.pid.ts"] = r.suspect.PID, r.suspect.Start
+		}
+	}
 	line, err := json.Marshal(map[string]any{
 		"hostname": node, "priority": "Critical", "rule": "Conformance", "source": "syscall",
 		"time": now.Format(time.RFC3339Nano), "output": "<!channel> see https://example.com/ \"`$(id)`",
-		"output_fields": map[string]any{"container.id": id[:12], "k8s.ns.name": r.pod.Namespace, "k8s.pod.name": r.pod.Name},
+		"output_fields": fields,
 	})
 	if err != nil {
 		r.t.Fatal(err)
@@ -429,7 +501,11 @@ func (r *rig) step() *broker.Step {
 		s.Params = json.RawMessage(r.params)
 	}
 	s.ID = broker.StepID(s.AlertID, s.Rule, 0, "")
-	s.Target.Container, s.Target.Namespace, s.Target.Pod, s.Target.Node = id[:12], r.pod.Namespace, r.pod.Name, node
+	a, err := alert.Parse(line)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	s.Target = a.Target()
 	return s
 }
 
@@ -489,6 +565,22 @@ func (r *rig) act(ctx context.Context, s *broker.Step, resumed bool) (responders
 		req.Pod = r.pod
 		req.Target.UID = string(r.pod.UID)
 	}
+	if r.suspect != nil {
+		if r.suspect.PID != 0 {
+			p, err := r.local.Process(r.suspect.PID, r.suspect.Start, r.suspect.Container)
+			if err != nil {
+				return responders.Result{}, err
+			}
+			defer p.Close()
+			req.Process = p
+		}
+		if r.suspect.Container != "" {
+			if req.Container, err = r.local.Container(context.WithoutCancel(ctx), r.suspect.Container, r.suspect.PID); err != nil {
+				return responders.Result{}, err
+			}
+			req.Target.Container = r.suspect.Container
+		}
+	}
 	return r.responder.Act(ctx, req)
 }
 
@@ -507,6 +599,18 @@ func (r *rig) done() {
 	}
 	if r.c.Done != nil {
 		r.c.Done(r.t, r.world, r.pod)
+	}
+	if r.suspect != nil {
+		r.suspect.Done()
+	}
+}
+
+func (r *rig) undone() {
+	r.t.Helper()
+	if r.suspect != nil {
+		r.suspect.Undone()
+	} else {
+		r.c.Undone(r.t, r.world, r.pod)
 	}
 }
 
@@ -532,6 +636,9 @@ func (r *rig) newPod(name string) *corev1.Pod {
 		r.t.Fatalf("create pod %s: %v", name, err)
 	}
 	id := strings.ReplaceAll(string(uuid.NewUUID())+string(uuid.NewUUID()), "-", "")
+	if r.suspect != nil && r.suspect.Container != "" && r.pod == nil {
+		id = r.suspect.Container
+	}
 	pod.Status = corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{{
 		Name: "main", ContainerID: "containerd://" + id, State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{}},
 	}}}
@@ -656,4 +763,9 @@ func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 	}
 	return p.next.RoundTrip(req)
+}
+
+// gone reports whether an error says that there is nothing to act on any more.
+func gone(err error) bool {
+	return errors.Is(err, responders.ErrGone) || errors.Is(err, nodes.ErrGone) || errors.Is(err, nodes.ErrNotSame) || apierrors.IsNotFound(err)
 }
