@@ -101,7 +101,11 @@ func (g *Guards) elsewhere(t alert.Target) string {
 }
 
 // protected holds back what must never be touched, whatever a rule says. It
-// looks at namespaces and configuration, never at what a tenant can write.
+// looks at namespaces and configuration, never at what a tenant can write, save
+// for one thing: Kubernetes lets whoever creates a pod name a priority class, also
+// system-*, unless the cluster limits that by quota. To touch what has such a
+// class would be worse (the CNI, storage), so it is left alone even so, and
+// people are told: see sparedByClass.
 func (g *Guards) protected(t alert.Target, pod *corev1.Pod) string {
 	ns := t.Namespace
 	if pod != nil {
@@ -120,6 +124,19 @@ func (g *Guards) protected(t alert.Target, pod *corev1.Pod) string {
 		return "this is a static pod's mirror: the kubelet runs it whatever the API server says"
 	}
 	return ""
+}
+
+// sparedByClass is the priority class that alone protects a pod, or "".
+func (g *Guards) sparedByClass(t alert.Target, pod *corev1.Pod) string {
+	if pod == nil || !matchAny(g.PriorityClasses, pod.Spec.PriorityClassName) {
+		return ""
+	}
+	rest := *g
+	rest.PriorityClasses = nil
+	if rest.protected(t, pod) != "" {
+		return ""
+	}
+	return pod.Spec.PriorityClassName
 }
 
 func isMirror(pod *corev1.Pod) bool {

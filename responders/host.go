@@ -286,6 +286,9 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		return h.suppress("pause", p)
 	}
 	if p := h.Guards.protected(req.Target, req.Pod); p != "" {
+		if class := h.Guards.sparedByClass(req.Target, req.Pod); class != "" && mode == broker.Enforce {
+			h.tellSpared(s.Rule, req.Pod, class)
+		}
 		return h.suppress("protected", p)
 	}
 	if p := unclear(req); p != "" {
@@ -374,6 +377,16 @@ func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker
 func (h *Host) suppress(guard, reason string) (broker.Status, string, time.Duration) {
 	h.Metrics.suppressed.WithLabelValues(guard).Inc()
 	return broker.Suppressed, reason, 0
+}
+
+// tellSpared tells people of a pod that only its priority class protects: it may
+// be the CNI's, or a tenant's who wants to be left alone.
+func (h *Host) tellSpared(rule string, pod *corev1.Pod, class string) {
+	if !h.ledger.tellOnce("class\x00"+rule+"\x00"+pod.Namespace+"\x00"+class, time.Now()) {
+		return
+	}
+	h.Tell("spared by its priority class", fmt.Sprintf("rule %s: pod %s/%s is left alone since its priority class %s is protected. "+
+		"Whoever may create pods there may be free to name that class: see guard.protect.priorityClasses", rule, pod.Namespace, pod.Name, class))
 }
 
 // instead puts the gentler responder in the step's place and tells people.
