@@ -6,7 +6,7 @@ LDFLAGS := -s -w
 CORPUS  := $(wildcard ../shared/alerts)
 export STOOP_CORPUS ?= $(if $(CORPUS),$(abspath $(CORPUS)))
 
-.PHONY: build demo test race lint fuzz e2e bench docs clean
+.PHONY: build demo test race lint fuzz e2e e2e-node bench docs clean
 
 build: ## the program, ./stoop
 	$(GO) build -ldflags '$(LDFLAGS)' -o stoop .
@@ -32,6 +32,9 @@ fuzz: ## 20 s of each fuzz target
 
 e2e: ## against a real kube-apiserver, built from its modules the first time (minutes)
 	cd e2e && $(GO) test -timeout 25m -count=1 ./...
+
+e2e-node: ## on a real node with real pods, as root: frozen, cut off and dead after how long
+	cd e2e && $(GO) run ./node $(if $(WRITE),-write ../docs/performance.md)
 
 bench: ## the figures of docs/performance.md, measured here
 	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./cli

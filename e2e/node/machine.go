@@ -197,7 +197,24 @@ func maskSysctls(dir string) error {
 	return nil
 }
 
-const cgroupPrefix = "stoop-e2e-node-"
+// prefix begins the names of what a run leaves to be seen, followed by the
+// number of its process.
+const prefix = "stoop-e2e-node-"
+
+// makeDir makes the run's folder; it is removed with t.
+func makeDir(t harness.T, name string) string {
+	t.Helper()
+	dir := filepath.Join(os.TempDir(), name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatalf("make the node's folder: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Logf("remove the node's folder: %v", err)
+		}
+	})
+	return dir
+}
 
 // hierarchies are the folders under which the node has a cgroup of its own: of
 // version 1 one for each controller, of version 2 the one.
@@ -225,9 +242,8 @@ func unified() bool {
 }
 
 // makeCgroups makes the node's cgroups; they are removed with t.
-func makeCgroups(t harness.T) (name string) {
+func makeCgroups(t harness.T, name string) {
 	t.Helper()
-	name = cgroupPrefix + strconv.Itoa(os.Getpid())
 	dirs, err := hierarchies()
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -256,7 +272,6 @@ func makeCgroups(t harness.T) (name string) {
 			}
 		}
 	}
-	return name
 }
 
 // removeCgroups removes the node's cgroups, and tries for as long as within: a
@@ -324,25 +339,32 @@ func thaw(name string) {
 	}
 }
 
-// sweep removes the cgroups of runs that were killed before they could.
+// sweep removes what was left by runs that were killed before they could. What was
+// frozen in their cgroups had the SIGKILL waiting for it.
 func sweep(logf func(string, ...any)) {
 	dirs, err := hierarchies()
 	if err != nil {
 		return
 	}
-	for _, dir := range dirs {
-		left, err := filepath.Glob(filepath.Join(dir, cgroupPrefix+"*"))
+	left := map[string]bool{}
+	for _, dir := range append(dirs, os.TempDir()) {
+		paths, err := filepath.Glob(filepath.Join(dir, prefix+"*"))
 		if err != nil {
 			continue
 		}
-		for _, path := range left {
-			pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(path), cgroupPrefix))
-			if err != nil || syscall.Kill(pid, 0) == nil {
-				continue
-			}
-			if err := removeCgroup(path); err != nil {
-				logf("of an earlier run: %v", err)
-			}
+		for _, path := range paths {
+			left[filepath.Base(path)] = true
+		}
+	}
+	for name := range left {
+		pid, err := strconv.Atoi(strings.TrimPrefix(name, prefix))
+		if err != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		thaw(name)
+		err = removeCgroups(name, 5*time.Second)
+		if err := errors.Join(err, os.RemoveAll(filepath.Join(os.TempDir(), name))); err != nil {
+			logf("of an earlier run: %v", err)
 		}
 	}
 }

@@ -7,9 +7,9 @@
 //	go run ./node [-n 20] [-bare] [-write ../docs/performance.md]
 //
 // All of the node lives in one network, mount and pid namespace of its own. Only
-// cgroups, which have no such thing, are made where others can see them, under
-// one name that ends with this process's number; they are removed at the end,
-// also after an error or an interrupt. What does not happen as it should (a
+// its cgroups and a temporary folder are where others can see them, under one
+// name that ends with this process's number. They are removed at the end, also
+// after an error or an interrupt; after a kill -9 the next run does that. What does not happen as it should (a
 // thawed shell that does not go on, a packet after the cut, a wrong hash in the
 // evidence) is an error, not a figure.
 package main
@@ -25,6 +25,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -95,11 +96,16 @@ func run(t harness.T, n int, bare bool) string {
 		t.Fatalf("%v", err)
 	}
 	s := settings{
-		Stoop: program.Build(t), Dir: t.TempDir(), Repeat: n, Bare: bare,
+		Repeat: n, Bare: bare,
 		Command: strings.Join(append([]string{"go run ./node"}, os.Args[1:]...), " "),
 	}
+	if !bare {
+		s.Stoop = program.Build(t)
+	}
 	sweep(t.Logf)
-	s.Cgroup = makeCgroups(t)
+	name := prefix + strconv.Itoa(os.Getpid())
+	s.Dir, s.Cgroup = makeDir(t, name), name
+	makeCgroups(t, name)
 	b, err := json.Marshal(s)
 	if err != nil {
 		t.Fatalf("write the settings: %v", err)

@@ -55,7 +55,9 @@ func (m *measuring) report() string {
 		fmt.Fprintf(&s, "| %s | %s | %s | %s | %d | %s |\n", r.what, r.how, figures.MS(r.p50()), figures.MS(r.most()), len(r.times), r.held())
 	}
 	s.WriteString("\n")
+	fmt.Fprintf(&s, "- The suspect is a reverse shell: it ignores SIGTERM, its program was put on the disk and deleted again, and the attacker talks to it every %s over the one open connection. Dead: by a pidfd. Silent: nothing is answered any more, from the last answer or the first question without one, whichever was later.\n", beatEvery)
 	if !m.Bare {
+		m.note("Frozen: the kernel says so of the container's cgroup, looked at every %s; each time the suspect stood still, and went on after `stoop undo`. Cut: shell and pings alike; each time nothing more came out or in while the suspect's processes went on, and the same connection came back after `stoop undo`. In the chain, where all is frozen, the network is watched by pings alone, which the pod's kernel answers.", lookEvery)
 		m.note("%s", m.account())
 	}
 	for _, n := range m.notes {

@@ -199,12 +199,15 @@ func frozen(freezers map[string]string) bool {
 	return false
 }
 
+// lookEvery is how often the kernel is asked whether the container is frozen.
+const lookEvery = 50 * time.Microsecond
+
 // watchFrozen looks until the container is frozen, and tells when.
 func (s *suspect) watchFrozen() <-chan time.Time {
 	s.Helper()
 	freezers, out := s.freezers(), make(chan time.Time, 1)
 	go func() {
-		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Microsecond) {
+		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(lookEvery) {
 			if frozen(freezers) {
 				out <- time.Now()
 				return
