@@ -8,19 +8,21 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"stoop/node"
 	"stoop/responders"
 )
 
 func (p *program) respondersCommand() *cobra.Command {
-	var output string
+	var output, config string
 	cmd := &cobra.Command{
 		Use:     "responders [NAME]",
 		Short:   "List what stoop can do, with parameters",
-		Long:    "Lists the responders that rules can name, with their parameters, their defaults\nand the permissions that they need.",
+		Long:    "Lists the responders that rules can name, with their parameters, their defaults\nand the permissions that they need. Of those that act on the node itself it says\nwhat is missing where it is run: run it as stoop runs.",
 		Example: "  stoop responders\n  stoop responders isolate-pod",
 		Args:    cobra.MaximumNArgs(1),
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE` (default "+defaultConfig+", if it is there)")
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		if err := checkOutput(output); err != nil {
 			return err
@@ -33,8 +35,13 @@ func (p *program) respondersCommand() *cobra.Command {
 			}
 			entries = entries[i : i+1]
 		}
+		c, err := loadConfig(config)
+		if err != nil {
+			return wrong(err)
+		}
+		here := node.New(node.Config{Proc: c.Host.Proc, Cgroup: c.Host.Cgroup})
 		if output == "json" {
-			return p.respondersJSON(entries)
+			return p.respondersJSON(entries, here)
 		}
 		w := width(p.stdout)
 		if w == 0 {
@@ -64,13 +71,25 @@ func (p *program) respondersCommand() *cobra.Command {
 			for _, r := range e.RBAC {
 				fmt.Fprintf(p.stdout, "  needs %s on %s\n", strings.Join(r.Verbs, ", "), strings.Join(r.Resources, ", "))
 			}
+			if len(e.Needs) == 0 {
+				continue
+			}
+			missing := here.Missing(e.Needs...)
+			if len(missing) == 0 {
+				fmt.Fprintln(p.stdout, "  needs nothing that is not granted here")
+			}
+			for _, m := range missing {
+				for i, l := range wrap("missing here: "+m, w-4) {
+					fmt.Fprintln(p.stdout, "  "+strings.Repeat("  ", min(i, 1))+l)
+				}
+			}
 		}
 		return nil
 	}
 	return cmd
 }
 
-func (p *program) respondersJSON(entries []responders.Entry) error {
+func (p *program) respondersJSON(entries []responders.Entry, here *node.Node) error {
 	type param struct {
 		Name     string   `json:"name"`
 		Type     string   `json:"type"`
@@ -80,14 +99,19 @@ func (p *program) respondersJSON(entries []responders.Entry) error {
 		Doc      string   `json:"doc"`
 	}
 	type responder struct {
-		Name   string  `json:"name"`
-		Doc    string  `json:"doc"`
-		Params []param `json:"params,omitempty"`
-		RBAC   any     `json:"rbac,omitempty"`
+		Name    string      `json:"name"`
+		Doc     string      `json:"doc"`
+		Params  []param     `json:"params,omitempty"`
+		RBAC    any         `json:"rbac,omitempty"`
+		Needs   []node.Need `json:"needs,omitempty"`
+		Missing []string    `json:"missing,omitempty"` // of the needs, here
 	}
 	enc := json.NewEncoder(p.stdout)
 	for _, e := range entries {
-		r := responder{Name: e.Name, Doc: e.Doc}
+		r := responder{Name: e.Name, Doc: e.Doc, Needs: e.Needs}
+		if len(e.Needs) > 0 {
+			r.Missing = here.Missing(e.Needs...)
+		}
 		if len(e.RBAC) > 0 {
 			r.RBAC = e.RBAC
 		}

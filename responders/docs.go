@@ -8,6 +8,7 @@ import (
 
 	rbacv1 "k8s.io/api/rbac/v1"
 
+	"stoop/node"
 	"stoop/param"
 )
 
@@ -60,6 +61,9 @@ node (the request says of which node; RBAC can't):
 			fmt.Fprintf(&b, " When the owner's limit holds it back, [%s](#%[1]s) is done instead.", e.Instead)
 		}
 		b.WriteString("\n")
+		if len(e.Needs) > 0 {
+			fmt.Fprintf(&b, "\nIt acts on the node itself, asks no API server, and counts in guard.localLimits. The\nnode has to grant: %s (containment.md says why).\n", needs(e.Needs))
+		}
 		if len(e.RBAC) > 0 {
 			b.WriteString("\nPermissions:\n\n")
 			writeRBAC(&b, e.RBAC)
@@ -100,6 +104,14 @@ func writeRBAC(b *strings.Builder, rules []rbacv1.PolicyRule) {
 	for _, r := range rules {
 		fmt.Fprintf(b, "| %s | %s | %s |\n", cmp.Or(strings.Join(r.APIGroups, ", "), "core"), strings.Join(r.Resources, ", "), strings.Join(r.Verbs, ", "))
 	}
+}
+
+func needs(all []node.Need) string {
+	out := make([]string, len(all))
+	for i, n := range all {
+		out[i] = string(n)
+	}
+	return strings.Join(out, ", ")
 }
 
 // undoable reports whether steps of a responder can be taken back.
