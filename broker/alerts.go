@@ -286,15 +286,15 @@ func (b *Broker) drain(ctx context.Context, c jetstream.Consumer, each func(jets
 	if err != nil {
 		return err
 	}
-	if info.NumPending == 0 {
-		return nil
-	}
 	// It was made for this, and is not needed any more.
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishTimeout)
 		defer cancel()
 		_ = b.js.DeleteConsumer(ctx, info.Stream, c.CachedInfo().Name)
 	}()
+	if info.NumPending == 0 {
+		return nil
+	}
 	it, err := c.Messages(jetstream.StopAfter(int(info.NumPending)))
 	if err != nil {
 		return err
