@@ -99,7 +99,10 @@ func TestATTLThatCantBeCarriedOutIsToldOnce(t *testing.T) {
 			}
 			u.mu.Unlock()
 			if over {
-				u.wake <- struct{}{}
+				select {
+				case u.wake <- struct{}{}:
+				default: // it has been woken already
+				}
 				return
 			}
 		}
