@@ -18,7 +18,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -145,7 +144,7 @@ func work(path string) int {
 		})
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, errors.Join(err))
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return 0

@@ -113,6 +113,9 @@ func (m *measuring) done(id, responder string) broker.Outcome {
 	if o.Status != broker.Done {
 		m.Fatalf("%s: the outcome is %s (%s), want %s", responder, o.Status, o.Reason, broker.Done)
 	}
+	if o.Took.Done == 0 {
+		m.Fatalf("%s: the outcome does not say how long it took", responder)
+	}
 	m.took[responder] = append(m.took[responder], time.Duration(o.Took.Done)*time.Microsecond)
 	return o
 }

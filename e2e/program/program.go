@@ -31,6 +31,7 @@ kubernetes: {qps: 5000, burst: 5000}
 guard:
   cooldown: 0s
   limits: {rule: 0, namespace: 0, node: 0}
+  localLimits: {rule: 0, namespace: 0, node: 0}
 `
 
 const (
