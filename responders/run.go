@@ -81,7 +81,7 @@ Falco's rules if it starts many.`,
 				log = slog.New(slog.DiscardHandler)
 			}
 			return &programRunner{
-				node: env.Node, evidence: env.Evidence, own: env.Own, log: log,
+				node: env.Node, data: env.Data, evidence: env.Evidence, own: env.Own, log: log,
 				// Not by its name: the file may be another version's by now.
 				wrapper: []string{"/proc/self/exe", "child", "run"},
 			}
@@ -141,6 +141,7 @@ const (
 
 type programRunner struct {
 	node     string
+	data     string
 	evidence *evidence.Store
 	own      *OwnProcesses
 	log      *slog.Logger
@@ -201,8 +202,7 @@ func (p *programRunner) Act(ctx context.Context, r *Request) (Result, error) {
 		stdout: output{max: int(params.Output)}, stderr: output{max: int(params.Output)},
 		wrapper: p.wrapper, own: p.own,
 	}
-	name := "stoop-run-" + alert.IDOf([]byte(r.Step.ID))[:20]
-	job.group = newGroup("/proc", name, job.memory)
+	job.group = newGroup("/proc", p.groupName(r), job.memory)
 	err = job.run(ctx)
 	if as[*groupError](err) {
 		p.log.Debug("a program could not be put into a cgroup of its own", "step", r.Step.ID, "error", err)
@@ -240,6 +240,12 @@ func (p *programRunner) Act(ctx context.Context, r *Request) (Result, error) {
 		return res, errors.New(what + note)
 	}
 	return res, fmt.Errorf("%s %w%s", params.Command[0], err, note)
+}
+
+// groupName is the same in each run of a step, so that what an earlier one left is
+// found, and another for a stoop with another data folder.
+func (p *programRunner) groupName(r *Request) string {
+	return "stoop-run-" + alert.IDOf([]byte(p.data + "\x00" + r.Step.ID))[:20]
 }
 
 // environment is all that the program gets to see of stoop's.

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -27,7 +28,11 @@ const (
 // already, and becomes the program. It returns only if it could not, and has then
 // said why on file descriptor 3.
 func RunChild(args []string) error {
-	unix.CloseOnExec(3)
+	// Neither that nor what stoop itself was given without its knowing goes on to
+	// the program.
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		unix.CloseOnExec(3) // before Linux 5.11
+	}
 	err := runChild(args)
 	if _, werr := io.WriteString(os.NewFile(3, "parent"), err.Error()+"\n"); werr != nil {
 		return errors.Join(err, werr)

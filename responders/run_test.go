@@ -48,9 +48,21 @@ func newRunWorld(t *testing.T) *runWorld {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.runner = run().New(Env{Node: "node-1", Evidence: store, Own: &OwnProcesses{}}).(*programRunner)
+	w.runner = run().New(Env{Node: "node-1", Data: w.dir, Evidence: store, Own: &OwnProcesses{}}).(*programRunner)
 	w.runner.wrapper = []string{os.Args[0], "-test.run=^TestAsRunChild$", "--"}
 	return w
+}
+
+// endWith ends a process with the test that found out about it, if it runs then.
+func endWith(t *testing.T, pid int) int {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == nil {
+		t.Cleanup(func() {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+			_ = unix.Close(fd)
+		})
+	}
+	return pid
 }
 
 // script is a program of the test's.
@@ -71,7 +83,7 @@ func (w *runWorld) request(t *testing.T, params map[string]any) *Request {
 	}
 	return &Request{
 		Step: &broker.Step{
-			ID: alert.IDOf([]byte(t.Name()))[:20], AlertID: "0123456789abcdef0123456789abcdef", Alert: json.RawMessage(runAlert),
+			ID: alert.IDOf([]byte(w.dir))[:20], AlertID: "0123456789abcdef0123456789abcdef", Alert: json.RawMessage(runAlert),
 			Rule: "a rule; $(reboot)", Action: broker.Action{Responder: "run", Params: raw},
 		},
 	}
@@ -105,7 +117,7 @@ func number(t *testing.T, path string) int {
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		b, err := os.ReadFile(path)
 		if pid, aerr := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && aerr == nil {
-			return pid
+			return endWith(t, pid)
 		}
 		if time.Now().After(end) {
 			t.Fatalf("no number in %s: %v", path, err)
@@ -283,8 +295,6 @@ while :; do wait; done
 	apart := number(t, w.dir+"/apart")
 	if needsCgroup(t, res) {
 		gone(t, apart)
-	} else {
-		_ = unix.Kill(-apart, unix.SIGKILL)
 	}
 }
 
@@ -310,7 +320,8 @@ setsid sh -c 'echo $$ > `+w.dir+`/apart; exec sleep 600' </dev/null >/dev/null 2
 while ! [ -s `+w.dir+`/apart ]; do sleep 0.01; done
 `)
 	began := time.Now()
-	res, err := w.runner.Act(t.Context(), w.request(t, map[string]any{"command": []string{path}}))
+	r := w.request(t, map[string]any{"command": []string{path}})
+	res, err := w.runner.Act(t.Context(), r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -320,17 +331,12 @@ while ! [ -s `+w.dir+`/apart ]; do sleep 0.01; done
 	gone(t, number(t, w.dir+"/child"))
 	apart := number(t, w.dir+"/apart")
 	if !needsCgroup(t, res) {
-		_ = unix.Kill(apart, unix.SIGKILL)
 		return
 	}
 	gone(t, apart)
 	for _, h := range proc("/proc").hierarchies() {
-		if left, _ := filepath.Glob(h.dir + "/stoop-run-*"); len(left) > 0 {
-			for _, dir := range left {
-				if strings.HasSuffix(dir, alert.IDOf([]byte(alert.IDOf([]byte(t.Name()))[:20]))[:20]) {
-					t.Errorf("a cgroup is left: %s", dir)
-				}
-			}
+		if _, err := os.Stat(filepath.Join(h.dir, w.runner.groupName(r))); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a cgroup is left in %s: %v", h.dir, err)
 		}
 	}
 }
@@ -392,7 +398,7 @@ func TestRunIsStopped(t *testing.T) {
 func TestRunResumed(t *testing.T) {
 	w := newRunWorld(t)
 	r := w.request(t, map[string]any{"command": []string{w.script(t, "echo again")}})
-	g := newGroup("/proc", "stoop-run-"+alert.IDOf([]byte(r.Step.ID))[:20], 64<<20)
+	g := newGroup("/proc", w.runner.groupName(r), 64<<20)
 	if !g.kills() {
 		needsCgroup(t, Result{})
 		t.Skip("needs root: a cgroup of its own")
