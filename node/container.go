@@ -156,6 +156,18 @@ func (d *folder) await(ctx context.Context, ok func() (bool, error)) error {
 		return err
 	}
 	defer events.Close()
+	var b [256]byte
+	return poll(ctx, unix.PollFd{Fd: int32(events.Fd()), Events: unix.POLLPRI}, func() (bool, error) {
+		// Reading is what makes poll wait for the next change.
+		if _, err := unix.Pread(int(events.Fd()), b[:], 0); err != nil {
+			return false, d.wrap("read", "cgroup.events", err)
+		}
+		return ok()
+	})
+}
+
+// poll waits until ok, which is asked whenever the kernel tells of fd.
+func poll(ctx context.Context, fd unix.PollFd, ok func() (bool, error)) error {
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return fmt.Errorf("make an eventfd: %w", err)
@@ -171,13 +183,8 @@ func (d *folder) await(ctx context.Context, ok func() (bool, error)) error {
 			<-told // wake must not be written to after it is closed
 		}
 	}()
-	fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}, {Fd: int32(wake), Events: unix.POLLIN}}
-	var b [256]byte
+	fds := []unix.PollFd{fd, {Fd: int32(wake), Events: unix.POLLIN}}
 	for {
-		// Reading is what makes poll wait for the next change.
-		if _, err := unix.Pread(int(events.Fd()), b[:], 0); err != nil {
-			return d.wrap("read", "cgroup.events", err)
-		}
 		if is, err := ok(); is || err != nil {
 			return err
 		}
@@ -185,7 +192,7 @@ func (d *folder) await(ctx context.Context, ok func() (bool, error)) error {
 			return err
 		}
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, syscall.EINTR) {
-			return fmt.Errorf("wait for cgroup.events: %w", err)
+			return fmt.Errorf("wait for the kernel: %w", err)
 		}
 	}
 }
@@ -277,6 +284,13 @@ func (d *folder) pids() ([]int, error) {
 	return slices.Compact(pids), nil
 }
 
+// Own reports whether stoop itself runs in the container; it is neither frozen nor
+// killed then.
+func (c *Container) Own() (bool, error) {
+	pids, err := c.Pids()
+	return slices.Contains(pids, os.Getpid()), err
+}
+
 // spare refuses the container that stoop itself runs in.
 func (d *folder) spare() error {
 	pids, err := d.pids()
@@ -284,7 +298,7 @@ func (d *folder) spare() error {
 		return err
 	}
 	if slices.Contains(pids, os.Getpid()) {
-		return fmt.Errorf("container %s is the one that stoop itself runs in", d.of.ID)
+		return fmt.Errorf("container %s: %w", d.of.ID, ErrOwn)
 	}
 	return nil
 }

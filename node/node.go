@@ -31,6 +31,7 @@ type Node struct {
 	hierarchies []hierarchy
 	index       *index
 	clocks      *clocks
+	noChildren  bool // the kernel lists no children, as far as a test is concerned
 }
 
 // Errors that callers may test for.
@@ -41,6 +42,8 @@ var (
 	ErrAmbiguous = errors.New("two containers share this id")
 	// ErrNotSame says that the number now belongs to another process.
 	ErrNotSame = errors.New("another process has this number now")
+	// ErrOwn says that the container is left alone whatever is asked.
+	ErrOwn = errors.New("it is the container that stoop itself runs in")
 )
 
 // New is a node whose containers are looked up when asked; [Node.Run] keeps them
@@ -76,6 +79,7 @@ type Container struct {
 // Process is one process, held by a pidfd: its number can't come to mean another.
 type Process struct {
 	PID      int
+	Parent   int    // when it was looked at; another where its parent ended since
 	Start    uint64 // clock ticks after boot, as in /proc/PID/stat
 	Comm     string
 	Exe      string // the executable's path as the process sees it; "" where it can't be read
@@ -83,6 +87,5 @@ type Process struct {
 	Pidfd    *os.File
 	CgroupOf string // the container's whole id; "" for a process of the host
 
-	parent int
-	node   *Node
+	node *Node
 }

@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -246,7 +247,7 @@ func (n *Node) openProcess(pid int) (*Process, error) {
 		_ = p.Close()
 		return nil, err
 	}
-	p.Start, p.Comm, p.Kernel, p.parent = s.start, s.comm, s.kernel, s.parent
+	p.Start, p.Comm, p.Kernel, p.Parent = s.start, s.comm, s.kernel, s.parent
 	p.Exe, _ = os.Readlink(n.procPath(pid, "exe"))
 	if !p.Alive() {
 		_ = p.Close()
@@ -288,6 +289,28 @@ func (p *Process) Alive() bool {
 		}
 	})
 	return err == nil && !ended
+}
+
+// Wait returns when it has ended, or with the context's error.
+func (p *Process) Wait(ctx context.Context) error {
+	return p.control(func(fd int) error {
+		return poll(ctx, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}, func() (bool, error) { return !p.Alive(), nil })
+	})
+}
+
+// OfRoot reports whether it runs as root an executable that only root can have
+// put where it is: one of which the name says what it is.
+func (p *Process) OfRoot() bool {
+	var proc, exe, dir unix.Stat_t
+	if unix.Stat(p.node.procPath(p.PID, ""), &proc) != nil || unix.Stat(p.node.procPath(p.PID, "exe"), &exe) != nil {
+		return false
+	}
+	path := strings.TrimSuffix(p.Exe, " (deleted)")
+	if err := unix.Stat(filepath.Join(p.node.procPath(p.PID, "root"), filepath.Dir(path)), &dir); err != nil {
+		dir = unix.Stat_t{} // it was removed since, or replaced with its folder
+	}
+	const others = 0o022
+	return proc.Uid == 0 && exe.Uid == 0 && dir.Uid == 0 && exe.Mode&others == 0 && (dir.Mode&others == 0 || dir.Mode == 0)
 }
 
 // control calls f with the pidfd, which is not closed meanwhile.
@@ -355,7 +378,7 @@ func (p *Process) Tree() ([]*Process, error) {
 				}
 				// Its parent is alive, so the parent's number still is that
 				// one's, and this is its child.
-				if child.parent != tree[i].PID || !tree[i].Alive() {
+				if child.Parent != tree[i].PID || !tree[i].Alive() {
 					_ = child.Close()
 					continue
 				}
@@ -386,6 +409,9 @@ func (p *Process) Tree() ([]*Process, error) {
 
 // children are the numbers of a process's children, of all its threads.
 func (n *Node) children(p *Process) ([]int, error) {
+	if n.noChildren {
+		return n.childrenByParent(p.PID)
+	}
 	tasks, err := filepath.Glob(n.procPath(p.PID, "task/[0-9]*"))
 	if err != nil {
 		return nil, err

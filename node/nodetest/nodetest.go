@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -191,8 +190,7 @@ func remove(dir string) error {
 					_ = unix.Kill(pid, unix.SIGKILL)
 				}
 			}
-			_ = os.WriteFile(filepath.Join(folders[i], "freezer.state"), []byte("THAWED"), 0)
-			_ = os.WriteFile(filepath.Join(folders[i], "cgroup.freeze"), []byte("0"), 0)
+			thaw(folders[i])
 			err = unix.Rmdir(folders[i])
 		}
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
@@ -200,6 +198,16 @@ func remove(dir string) error {
 		}
 	}
 	return err
+}
+
+func thaw(dir string) {
+	// Opened without O_CREATE: each folder has one of the two.
+	for file, value := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
+			_, _ = f.WriteString(value)
+			_ = f.Close()
+		}
+	}
 }
 
 // Pids are the processes in one cgroup.
@@ -225,17 +233,19 @@ type In struct {
 func Start(t testing.TB, in In, cmd *exec.Cmd) {
 	t.Helper()
 	started := make(chan error)
-	go func() {
+	aside(func() {
 		// The child is born into the namespace that this thread is in. The
 		// thread ends with this goroutine, for it is never unlocked.
-		runtime.LockOSThread()
 		started <- in.start(cmd)
-	}()
+	})
 	if err := <-started; err != nil {
 		t.Fatalf("start %s: %v", cmd.Path, err)
 	}
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
+		for _, dir := range in.Cgroups {
+			thaw(dir) // the frozen of v1 don't die
+		}
 		_ = cmd.Wait()
 	})
 	for _, dir := range in.Cgroups {
@@ -328,8 +338,7 @@ func Netns(t testing.TB) *Network {
 		err error
 	}
 	made := make(chan result)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	aside(func() {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			made <- result{err: err}
 			return
@@ -340,7 +349,7 @@ func Netns(t testing.TB) *Network {
 		}
 		f, err := os.Open("/proc/thread-self/ns/net")
 		made <- result{f, err}
-	}()
+	})
 	r := <-made
 	if r.err != nil {
 		Missing(t, "network namespaces: %v", r.err)
@@ -369,14 +378,13 @@ func loopbackUp() error {
 func (n *Network) Do(t testing.TB, f func() error) {
 	t.Helper()
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
+	aside(func() {
 		if err := unix.Setns(int(n.File.Fd()), unix.CLONE_NEWNET); err != nil {
 			done <- fmt.Errorf("enter the network namespace: %w", err)
 			return
 		}
 		done <- f()
-	}()
+	})
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,198 @@
+package responders
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"stoop/node"
+	"stoop/param"
+)
+
+func freezeContainer() Entry {
+	return Entry{
+		Name: "freeze-container",
+		Doc:  "Stops every process of the container that raised the alert, within milliseconds and without the API server.",
+		Notes: `The kernel's cgroup freezer does it (v2: cgroup.freeze, v1: freezer.state), and the
+step is done when the kernel says that all have stopped: no process of the container
+runs another instruction, and none gets to see that it was stopped. Memory, open
+files and connections stay as they are, for whoever looks into them.
+
+What is frozen stays so until somebody undoes it, for a ttl that lets the
+attacker go on is no containment: with onExpire: keep, the default, the ttl thaws
+nothing. After a restart stoop makes sure that it still holds.
+
+A liveness probe fails meanwhile, and the kubelet may then end the container and
+start it anew, unfrozen. Chain what has to come before that. A frozen process
+can't be ended gracefully: a delete of the pod waits out its whole grace period
+(cgroup v2) or for the thaw (v1).
+
+Processes that the container started on the host, or that others started in its
+namespaces, are not in its cgroup and run on.`,
+		Params:   param.Describe(freezeContainerDefaults()),
+		Needs:    []node.Need{node.NeedHostPID, node.NeedCgroup},
+		Kind:     Harm,
+		Object:   ContainerObject,
+		Deadline: 5 * time.Second,
+		New:      func(env Env) Responder { return &containerFreezer{env.Local} },
+	}
+}
+
+type freezeContainerParams struct {
+	TTL      param.Duration `param:"ttl" doc:"After how long onExpire applies; 0 is never."`
+	OnExpire string         `param:"onExpire" oneof:"keep release" doc:"What the end of the ttl does: keep leaves the container frozen, release thaws it."`
+}
+
+func freezeContainerDefaults() freezeContainerParams {
+	return freezeContainerParams{OnExpire: "keep"}
+}
+
+// Validate refuses a release that would never come.
+func (p freezeContainerParams) Validate() error {
+	if p.OnExpire == "release" && p.TTL == 0 {
+		return errors.New("onExpire: release has no meaning without a ttl")
+	}
+	return nil
+}
+
+type containerFreezer struct{ local *node.Node }
+
+// Check refuses the container that stoop itself runs in.
+func (f *containerFreezer) Check(_ context.Context, r *Request) error { return spareOwn(r.Container) }
+
+// spareOwn refuses stoop's own container.
+func spareOwn(c *node.Container) error {
+	own, err := c.Own()
+	if err == nil && own {
+		err = node.ErrOwn
+	}
+	return refuseOwn(err)
+}
+
+func refuseOwn(err error) error {
+	if errors.Is(err, node.ErrOwn) {
+		return Refuse("%v", err)
+	}
+	return err
+}
+
+// frozenContainer is the undo record: all that Undo and Keep believe.
+type frozenContainer struct {
+	Container string `json:"container"`
+	Path      string `json:"path"` // of the cgroup
+	Inode     uint64 `json:"inode"`
+	Boot      string `json:"boot"`
+}
+
+func (f *containerFreezer) Act(ctx context.Context, r *Request) (Result, error) {
+	params := freezeContainerDefaults()
+	if err := r.Decode(&params); err != nil {
+		return Result{}, Refuse("%v", err)
+	}
+	if err := params.Validate(); err != nil {
+		return Result{}, Refuse("%v", err)
+	}
+	c := r.Container
+	already, err := c.Freeze(ctx)
+	if err != nil {
+		return Result{}, refuseOwn(err)
+	}
+	result := Result{Found: foundContainer(c)}
+	if pids, err := c.Pids(); err == nil {
+		result.Found["processes"] = strconv.Itoa(len(pids))
+		result.Found["pids"] = list(pids)
+	}
+	// An earlier run of this very step that was cut off may have frozen it and
+	// kept no record: then it is this step that undo takes back.
+	if already && !r.Resumed {
+		result.Nothing, result.Reason = true, "the container is frozen already, by another step or by somebody else"
+		return result, nil
+	}
+	result.Reason = "all processes of the container stopped" + probed(c)
+	if params.OnExpire == "release" {
+		result.TTL = time.Duration(params.TTL)
+	}
+	result.Undo, err = json.Marshal(frozenContainer{c.ID, c.Path, c.Inode, f.local.BootID()})
+	return result, err
+}
+
+// probed is what to mind of the kubelet.
+func probed(c *node.Container) string {
+	if c.PodUID == "" {
+		return ""
+	}
+	return "; a liveness probe of it fails meanwhile, and the kubelet may then start the container anew, unfrozen"
+}
+
+func foundContainer(c *node.Container) map[string]string {
+	return map[string]string{"container": c.ID, "cgroup": "v" + strconv.Itoa(c.Version())}
+}
+
+// list writes numbers for an outcome, the first of them where there are many.
+func list(pids []int) string {
+	const most = 32
+	var words []string
+	for i, pid := range pids {
+		if i == most {
+			words = append(words, fmt.Sprintf("%d more", len(pids)-most))
+			break
+		}
+		words = append(words, strconv.Itoa(pid))
+	}
+	return strings.Join(words, ", ")
+}
+
+// find is the container that the record is of, if it is still the same.
+func (f *containerFreezer) find(u *UndoRequest) (*node.Container, error) {
+	var rec frozenContainer
+	if err := json.Unmarshal(u.Record, &rec); err != nil || rec.Container == "" || rec.Path == "" || rec.Inode == 0 || rec.Boot == "" {
+		return nil, Refuse("the undo record of step %s can't be read", u.ID)
+	}
+	if boot := f.local.BootID(); boot != rec.Boot {
+		return nil, fmt.Errorf("container %s was frozen before the machine was started anew: %w", rec.Container, ErrGone)
+	}
+	c, err := f.local.ContainerAt(rec.Path, rec.Inode)
+	if err != nil {
+		return nil, err
+	}
+	if c.ID != rec.Container {
+		return nil, Refuse("the undo record of step %s names container %s, but a cgroup of container %s", u.ID, rec.Container, c.ID)
+	}
+	return c, nil
+}
+
+// Undo thaws the container that Act froze.
+func (f *containerFreezer) Undo(ctx context.Context, u *UndoRequest) (Result, error) {
+	c, err := f.find(u)
+	if err != nil {
+		return Result{}, err
+	}
+	already, err := c.Thaw(ctx)
+	switch {
+	case err != nil:
+		return Result{}, err
+	case already:
+		return Result{Nothing: true, Reason: "the container is not frozen any more"}, nil
+	}
+	return Result{Reason: "the container's processes go on", Found: foundContainer(c)}, nil
+}
+
+// Keep freezes the container again where somebody thawed it.
+func (f *containerFreezer) Keep(ctx context.Context, u *UndoRequest) (Result, error) {
+	c, err := f.find(u)
+	if err != nil {
+		return Result{}, err
+	}
+	already, err := c.Freeze(ctx)
+	switch {
+	case err != nil:
+		return Result{}, err
+	case already:
+		return Result{Nothing: true, Reason: "the container is frozen still"}, nil
+	}
+	return Result{Reason: "the container had been thawed and is frozen again" + probed(c), Found: foundContainer(c)}, nil
+}
