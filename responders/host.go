@@ -111,6 +111,9 @@ const (
 	// busy.
 	busyAgain = 50 * time.Millisecond
 	busyMost  = 2 * time.Second
+	// busyShare spreads the steps that wait for a busy destination: of many, so
+	// few ask again at a time that they leave room for those of the others.
+	busyShare = 2 * time.Millisecond
 	// grace is how long a step under way may go on when stoop is stopped.
 	grace = 5 * time.Second
 	// settle is how long a request that a killed process had sent may still
@@ -217,7 +220,7 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 	if done := h.enter(r, s); done != nil {
 		defer done()
 	} else {
-		h.retry(d, min(busyAgain*time.Duration(d.Attempt), busyMost))
+		h.retry(d, busyFor(d.Attempt, h.Broker.Waiting(s.Responder)))
 		return
 	}
 	req := &Request{Step: s}
@@ -603,6 +606,13 @@ func (h *Host) enter(r *running, s *broker.Step) func() {
 			delete(r.lane, lane)
 		}
 	}
+}
+
+// busyFor is after how long a step asks again whose destination is busy, when so
+// many wait for the responder.
+func busyFor(attempt int, waiting int64) time.Duration {
+	d := max(min(busyAgain*time.Duration(attempt), busyMost), time.Duration(waiting)*busyShare)
+	return d - d/5 + rand.N(2*d/5)
 }
 
 // backoff is how long to wait after a try: twice as long each time, by a
