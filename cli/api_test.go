@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,11 +41,8 @@ func TestManyReadersOfTheHistory(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stop()
-	defer func() {
-		if release != nil {
-			close(release)
-		}
-	}()
+	letGo := sync.OnceFunc(func() { close(release) })
+	defer letGo()
 	nc, err := b.Connect("test")
 	if err != nil {
 		t.Fatal(err)
@@ -103,8 +101,7 @@ func TestManyReadersOfTheHistory(t *testing.T) {
 			}
 		}
 	}
-	close(release)
-	release = nil
+	letGo()
 	for range historyMost {
 		m, err := ends.NextMsg(patience)
 		if err != nil || m.Header.Get(broker.HeaderError) != "that was all" {
