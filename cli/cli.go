@@ -125,6 +125,7 @@ which it only says what it would do.`,
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
 		p.historyCommand(), p.undoCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.versionCommand(),
+		p.childCommand(),
 	)
 	for _, c := range root.Commands() {
 		if check := c.Args; check != nil {

@@ -113,7 +113,7 @@ Nothing is done.`,
 			if err != nil {
 				return wrong(err)
 			}
-			t := &tester{set: set, guards: c.guards("", responders.Self{}), harmful: map[string]bool{}}
+			t := &tester{set: set, guards: c.guards("", responders.Self{}, nil), harmful: map[string]bool{}}
 			for _, e := range entries {
 				t.harmful[e.Name] = e.Kind == responders.Harm
 			}

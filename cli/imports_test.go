@@ -22,14 +22,15 @@ func TestImportsPointOneWay(t *testing.T) {
 		"node":                   {},
 		"node/nodetest":          {},
 		"evidence":               {},
+		"child":                  {},
 		"broker":                 {"alert", "failpoint"},
 		"broker/brokertest":      {"broker"},
 		"pipe":                   {"alert", "broker"},
 		"rules":                  {"alert", "broker", "param"},
-		"responders":             {"alert", "broker", "evidence", "failpoint", "node", "param"},
+		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
 		"router":                 {"alert", "broker", "rules"},
-		"cli":                    {"alert", "broker", "evidence", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
+		"cli":                    {"alert", "broker", "child", "evidence", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
 		"examples/subscriber":    {}, // a program of somebody else's, as it were
 		".":                      {"cli"},
 	}

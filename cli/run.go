@@ -170,6 +170,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if err != nil {
 		return err
 	}
+	own := &responders.OwnProcesses{}
 	machine := node.New(node.Config{Proc: c.Host.Proc, Cgroup: c.Host.Cgroup, Log: log})
 
 	r := router.New(log, reg)
@@ -181,9 +182,9 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Tell: told.tell,
 			Env: responders.Env{
 				Kube: kube, Node: nodeName, Cluster: c.Cluster, Data: c.Data,
-				Local: machine, Evidence: store, Self: self, Log: log,
+				Local: machine, Evidence: store, Self: self, Own: own, Log: log,
 			},
-			Guards: c.guards(nodeName, self),
+			Guards: c.guards(nodeName, self, own),
 		},
 	}
 	intake := pipe.NewIntake(pipe.Options{
@@ -469,9 +470,9 @@ func ownContainer() string {
 	return containerInCgroup.FindString(string(data))
 }
 
-func (c *Config) guards(name string, self responders.Self) responders.Guards {
+func (c *Config) guards(name string, self responders.Self, own *responders.OwnProcesses) responders.Guards {
 	g := responders.Guards{
-		Mode: broker.Mode(c.Mode), Node: name, Aliases: c.Aliases, Self: self,
+		Mode: broker.Mode(c.Mode), Node: name, Aliases: c.Aliases, Self: self, Own: own,
 		Namespaces: slices.Clone(c.Guard.Protect.Namespaces), PriorityClasses: c.Guard.Protect.PriorityClasses,
 		Cooldown: time.Duration(c.Guard.Cooldown), MaxAge: time.Duration(c.Guard.MaxAge),
 		API: c.Guard.Limits.rates(), Local: c.Guard.LocalLimits.rates(),

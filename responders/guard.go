@@ -20,6 +20,7 @@ type Guards struct {
 	Node    string      // this node's name
 	Aliases []string    // further hostnames that mean this node
 	Self    Self
+	Own     *OwnProcesses // the programs that stoop started
 
 	Namespaces      []string // protected; globs
 	PriorityClasses []string // protected; globs
@@ -78,6 +79,8 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 	case g.Self.PID != 0 && t.PID == g.Self.PID,
 		g.Self.Container != "" && sameContainer(t.Container, g.Self.Container):
 		return "self", "stoop raised this alert itself"
+	case g.Own.Owns(a):
+		return "self", "a program that stoop started raised this alert"
 	case a.Time.IsZero():
 		return "age", "the alert has no time that can be read"
 	case now.Sub(a.Time) > g.MaxAge:
