@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 
@@ -80,6 +81,12 @@ func runChild(args []string) error {
 		if err := syscall.Setrlimit(l.resource, &syscall.Rlimit{Cur: most, Max: most}); err != nil {
 			return fmt.Errorf("set limit %d to %d: %w", l.resource, most, err)
 		}
+	}
+	// That it dies with stoop was asked of the thread it was started with. What is
+	// executed goes on with the thread that does so, which may be another one.
+	runtime.LockOSThread()
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("have it end with stoop: %w", err)
 	}
 	path := flags.Arg(0)
 	return syscall.Exec(path, flags.Args(), os.Environ())
