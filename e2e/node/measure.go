@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -93,8 +94,9 @@ func (m *measuring) goneAt(pod *corev1.Pod) (when time.Time) {
 }
 
 // settle leaves the machine alone for a little: the kubelet and containerd are
-// busy for a while after a pod's start, and each figure is to be of one thing.
-func (m *measuring) settle() { time.Sleep(time.Second) }
+// busy for a while after a container's start or end, and each figure is to be of
+// one thing.
+func (m *measuring) settle() { time.Sleep(1500 * time.Millisecond) }
 
 // send writes an alert about the suspect, and returns its id and from when its
 // time counts.
@@ -204,27 +206,33 @@ func (m *measuring) killProcess(s *suspect) {
 }
 
 func (m *measuring) killContainer(suspects []*suspect) {
-	m.settle()
-	var times []time.Duration
+	var stopped, gone []time.Duration
 	for _, s := range suspects {
+		m.settle() // the one before is being started again
 		s.shell.waitAlive(m, "the shell", 20)
-		watch := watchDead(m, containerPids(m, s.id)...)
+		pids := containerPids(m, s.id)
+		exit, end := watchExiting(slices.Clone(pids)...), watchDead(m, pids...)
 		id, began := m.send(s, "E2E kill container")
-		times = append(times, at(m, "the container's end", watch).Sub(began))
+		stopped = append(stopped, at(m, "the container's end", exit).Sub(began))
+		gone = append(gone, at(m, "the container's end", end).Sub(began))
 		m.done(id, "kill-container")
 		if left := containerPids(m, s.id); len(left) > 0 {
 			m.Fatalf("after kill-container, processes %v of the container are left", left)
 		}
-		s.remove()
+		s.shell.hangUp()
 	}
-	m.add(row{"every process of the container dead", "`kill-container`", times, fast})
+	for _, s := range suspects {
+		m.cluster.Remove(m, s.pod)
+	}
+	m.add(row{"every process of the container killed: none runs any more", "`kill-container`", stopped, fast})
+	m.add(row{"the last of them gone, with the container's mounts", "", gone, nil})
 }
 
 func (m *measuring) chain(suspects []*suspect) {
-	m.settle()
 	var froze, kept, cut, dead, gone []time.Duration
 	var files int
 	for _, s := range suspects {
+		m.settle()
 		pings := ping(m, s.pod.Status.PodIP)
 		pings.waitAlive(m, "the pod's network", 20)
 		s.shell.waitAlive(m, "the shell", 20)
@@ -300,9 +308,9 @@ func (m *measuring) readEvidence(s *suspect, o broker.Outcome) (files int) {
 
 // api is what deleting the pod comes to when nothing acts on the node.
 func (m *measuring) api(grace int64, suspects []*suspect) {
-	m.settle()
 	var gone, dead, silent []time.Duration
 	for _, s := range suspects {
+		m.settle()
 		s.shell.waitAlive(m, "the shell", 20)
 		end := watchDead(m, s.pid)
 		began := time.Now()

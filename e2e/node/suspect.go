@@ -199,7 +199,8 @@ func frozen(freezers map[string]string) bool {
 	return false
 }
 
-// lookEvery is how often the kernel is asked whether the container is frozen.
+// lookEvery is how often the kernel is asked what there is no waiting for: whether
+// a container is frozen, whether processes are on their way out.
 const lookEvery = 50 * time.Microsecond
 
 // watchFrozen looks until the container is frozen, and tells when.
@@ -259,6 +260,49 @@ func watchDead(t harness.T, pids ...int) <-chan time.Time {
 	return out
 }
 
+// watchExiting tells when none of the processes can run another instruction of its
+// own: each is on its way out of the kernel, or gone. That way may be long: with
+// the last of a container's, the kernel takes its mounts apart.
+func watchExiting(pids ...int) <-chan time.Time {
+	out := make(chan time.Time, 1)
+	go func() {
+		defer close(out)
+		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(lookEvery) {
+			pids = slices.DeleteFunc(pids, exiting)
+			if len(pids) == 0 {
+				out <- time.Now()
+				return
+			}
+		}
+	}()
+	return out
+}
+
+func exiting(pid int) bool {
+	fields, err := stat(pid)
+	if err != nil {
+		return true
+	}
+	flags, err := strconv.ParseUint(fields[6], 10, 64)
+	const pfExiting = 0x4 // PF_EXITING of include/linux/sched.h
+	return err == nil && flags&pfExiting != 0
+}
+
+// stat are the fields of /proc/PID/stat behind the name, the first of which is
+// the state.
+func stat(pid int) ([]string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
+	}
+	// The name, in brackets, may hold anything: count from behind it.
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("/proc/%d/stat is cut off: %q", pid, b)
+	}
+	return fields, nil
+}
+
 // at waits for what a watch tells.
 func at(t harness.T, what string, watch <-chan time.Time) time.Time {
 	t.Helper()
@@ -305,14 +349,9 @@ func (s *suspect) alert(rule string) program.Alert {
 // some milliseconds later than /proc does.
 func forkTime(t harness.T, pid int) int64 {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := stat(pid)
 	if err != nil {
 		t.Fatalf("read when process %d began: %v", pid, err)
-	}
-	// The name, in brackets, may hold anything: count from behind it.
-	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-	if len(fields) < 20 {
-		t.Fatalf("read when process %d began: %q", pid, b)
 	}
 	ticks, err := strconv.ParseInt(fields[19], 10, 64)
 	if err != nil {
