@@ -660,7 +660,8 @@ func (s *side) tryRemove(decide func(filter) (*removal, error)) (did bool, err e
 	for _, name := range chains {
 		switch {
 		case rm.chain(name):
-			did = true
+			// Chains without elements that they look for are no block.
+			did = did || rm.elements == nil
 			b.deleteChain(name)
 		case stale[indexOf(name)]:
 			b.deleteChain(name)

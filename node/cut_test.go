@@ -246,6 +246,37 @@ func (p *pod) datagramTo(t testing.TB, host *nodetest.Network) bool {
 	return err == nil
 }
 
+// datagram6 is datagram over IPv6.
+func (p *pod) datagram6(t testing.TB) bool {
+	t.Helper()
+	over6 := *p.cable
+	over6.Host = over6.Host6
+	q := *p
+	q.cable = &over6
+	return q.datagram(t)
+}
+
+// ping reports whether the host answers.
+func (p *pod) ping(t testing.TB) bool {
+	t.Helper()
+	var answered bool
+	p.net.Do(t, func() error {
+		c, err := net.Dial("ip4:icmp", p.cable.Host.String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}); err != nil && !errors.Is(err, unix.EPERM) {
+			return err
+		}
+		c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		_, err = c.Read(make([]byte, 100))
+		answered = err == nil
+		return nil
+	})
+	return answered
+}
+
 // sendFrame sends a frame through a packet socket.
 func (p *pod) sendFrame(t testing.TB, payload []byte) {
 	t.Helper()
@@ -306,7 +337,8 @@ func (p *pod) frameArrives(t testing.TB) bool {
 func TestCutDropsFramesOfPacketSockets(t *testing.T) {
 	n := New(Config{})
 	p := newPod(t)
-	if !p.datagram(t) || !p.frameArrives(t) {
+	six := p.cable.Host6.IsValid()
+	if !p.datagram(t) || !p.frameArrives(t) || !p.ping(t) || six && !p.datagram6(t) {
 		t.Fatal("frames don't arrive before the cut: the test is worth nothing")
 	}
 	p.cutOff(t, n)
@@ -315,6 +347,12 @@ func TestCutDropsFramesOfPacketSockets(t *testing.T) {
 	}
 	if p.frameArrives(t) {
 		t.Error("a frame of a packet socket got out of the pod")
+	}
+	if p.ping(t) {
+		t.Error("a ping was answered")
+	}
+	if six && p.datagram6(t) {
+		t.Error("a datagram of IPv6 got out of the pod")
 	}
 }
 
@@ -474,6 +512,26 @@ func TestCutAllows(t *testing.T) {
 	}
 	if port.datagram(t) {
 		t.Error("a port that is not allowed was reached")
+	}
+
+	// Finding the next hop takes packets too, of which none went before.
+	fresh := newPod(t)
+	fresh.cutOff(t, n, Peer{Prefix: netip.PrefixFrom(fresh.cable.Host, 32)})
+	if !fresh.datagram(t) {
+		t.Error("the allowed address can't be reached for want of ARP")
+	}
+	if fresh.cable.Host6.IsValid() {
+		if fresh.datagram6(t) {
+			t.Error("an address of IPv6 can be reached that is not allowed")
+		}
+		over6 := newPod(t)
+		over6.cutOff(t, n, Peer{Prefix: netip.PrefixFrom(over6.cable.Host6, 128)})
+		if !over6.datagram6(t) {
+			t.Error("the allowed address of IPv6 can't be reached")
+		}
+		if over6.datagram(t) {
+			t.Error("an address of IPv4 can be reached that is not allowed")
+		}
 	}
 
 	// Another address.

@@ -16,6 +16,7 @@ import (
 // Cable is a pair of veths: one end on the host, the other in a namespace.
 type Cable struct {
 	Host, Inside           netip.Addr // IPv4, in a network of their own
+	Host6, Inside6         netip.Addr // IPv6; invalid where the machine has none
 	HostName, InsideName   string
 	HostIndex, InsideIndex int
 }
@@ -91,6 +92,10 @@ func veth(t testing.TB, host, inside *Network, insideName, hostName string) *Cab
 	defer in.Close()
 	c.InsideIndex = in.Up(t, insideName, c.Inside)
 	in.Route(t, c.Host)
+	host6, inside6 := [16]byte{0xfd, 0x57, b[1], b[2], b[3], b[4], 15: 1}, [16]byte{0xfd, 0x57, b[1], b[2], b[3], b[4], 15: 2}
+	if h.address(c.HostIndex, netip.AddrFrom16(host6), 64) == nil && in.address(c.InsideIndex, netip.AddrFrom16(inside6), 64) == nil {
+		c.Host6, c.Inside6 = netip.AddrFrom16(host6), netip.AddrFrom16(inside6)
+	}
 	// Packets are dropped until the kernel has noticed that both ends are up,
 	// which takes it up to a second.
 	h.waitUp(t, c.HostIndex)
@@ -119,6 +124,58 @@ func (r Rtnetlink) waitUp(t testing.TB, index int) {
 			}
 		}
 		return false
+	})
+}
+
+// Bridge connects two namespaces through a bridge on the host that has no address
+// of its own, as many network plugins do: remote is no address of the node's.
+func Bridge(t testing.TB, inside, remote *Network) (in, out *Cable) {
+	t.Helper()
+	in, out = Veth(t, inside, "eth0"), Veth(t, remote, "eth0")
+	r := Dial(t, nil)
+	defer r.Close()
+	name := "br" + out.HostName[2:]
+	if err := r.Change(unix.RTM_NEWLINK, netlink.Create|netlink.Excl, ifinfo(0, 0), func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.IFLA_IFNAME, name)
+		ae.Nested(unix.IFLA_LINKINFO, func(ae *netlink.AttributeEncoder) error {
+			ae.String(unix.IFLA_INFO_KIND, "bridge")
+			return nil
+		})
+	}); err != nil {
+		Missing(t, "bridges: %v", err)
+	}
+	index := r.Up(t, name, netip.Addr{})
+	t.Cleanup(func() {
+		r := Dial(t, nil)
+		defer r.Close()
+		DeleteLink(t, r, index)
+	})
+	for _, c := range []*Cable{in, out} {
+		if err := r.Change(unix.RTM_NEWLINK, 0, ifinfo(c.HostIndex, 0), func(ae *netlink.AttributeEncoder) {
+			ae.Uint32(unix.IFLA_MASTER, uint32(index))
+		}); err != nil {
+			t.Fatalf("put %s into %s: %v", c.HostName, name, err)
+		}
+	}
+	// The remote one takes the address that the host had.
+	if err := r.removeAddress(in.HostIndex, in.Host, 30); err != nil {
+		t.Fatal(err)
+	}
+	q := Dial(t, remote)
+	defer q.Close()
+	if err := q.address(out.InsideIndex, in.Host, 30); err != nil {
+		t.Fatal(err)
+	}
+	r.waitUp(t, index)
+	return in, out
+}
+
+func (r Rtnetlink) removeAddress(index int, a netip.Addr, bits byte) error {
+	addr := make([]byte, unix.SizeofIfAddrmsg)
+	addr[0], addr[1] = unix.AF_INET, bits
+	binary.NativeEndian.PutUint32(addr[4:], uint32(index))
+	return r.Change(unix.RTM_DELADDR, 0, addr, func(ae *netlink.AttributeEncoder) {
+		ae.Bytes(unix.IFA_LOCAL, a.AsSlice())
 	})
 }
 
@@ -164,8 +221,8 @@ func (r Rtnetlink) Change(kind netlink.HeaderType, flags netlink.HeaderFlags, he
 	return err
 }
 
-// Up switches a link on, gives it an address with 30 bits of network and
-// returns its index.
+// Up switches a link on, gives it an address, if valid, with 30 bits of network
+// and returns its index.
 func (r Rtnetlink) Up(t testing.TB, name string, a netip.Addr) int {
 	t.Helper()
 	index, err := r.Index(name)
@@ -175,16 +232,26 @@ func (r Rtnetlink) Up(t testing.TB, name string, a netip.Addr) int {
 	if err := r.Change(unix.RTM_NEWLINK, 0, ifinfo(index, unix.IFF_UP), func(*netlink.AttributeEncoder) {}); err != nil {
 		t.Fatalf("switch %s on: %v", name, err)
 	}
-	addr := make([]byte, unix.SizeofIfAddrmsg)
-	addr[0], addr[1] = unix.AF_INET, 30
-	binary.NativeEndian.PutUint32(addr[4:], uint32(index))
-	if err := r.Change(unix.RTM_NEWADDR, netlink.Create|netlink.Replace, addr, func(ae *netlink.AttributeEncoder) {
-		ae.Bytes(unix.IFA_LOCAL, a.AsSlice())
-		ae.Bytes(unix.IFA_ADDRESS, a.AsSlice())
-	}); err != nil {
-		t.Fatalf("address of %s: %v", name, err)
+	if a.IsValid() {
+		if err := r.address(index, a, 30); err != nil {
+			t.Fatalf("address of %s: %v", name, err)
+		}
 	}
 	return index
+}
+
+func (r Rtnetlink) address(index int, a netip.Addr, bits byte) error {
+	addr := make([]byte, unix.SizeofIfAddrmsg)
+	addr[0], addr[1] = unix.AF_INET, bits
+	if a.Is6() {
+		// No time is lost with looking for others that have it.
+		addr[0], addr[2] = unix.AF_INET6, unix.IFA_F_NODAD
+	}
+	binary.NativeEndian.PutUint32(addr[4:], uint32(index))
+	return r.Change(unix.RTM_NEWADDR, netlink.Create|netlink.Replace, addr, func(ae *netlink.AttributeEncoder) {
+		ae.Bytes(unix.IFA_LOCAL, a.AsSlice())
+		ae.Bytes(unix.IFA_ADDRESS, a.AsSlice())
+	})
 }
 
 // Route sends all else by way of a neighbour.
