@@ -24,7 +24,7 @@ func TestADeadDestinationWithALongQueueHoldsUpNoOther(t *testing.T) {
 	e.Lane = func(p jsonRaw) string { return string(p) }
 	b := newBench(t, brokertest.New(t), e).start()
 	defer close(hang)
-	for range 2000 {
+	for range 500 {
 		st := b.step("tell")
 		st.Params = jsonRaw(`"dead"`)
 		b.publish(st)
