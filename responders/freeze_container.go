@@ -53,6 +53,9 @@ func freezeContainerDefaults() freezeContainerParams {
 
 // Validate refuses a release that would never come.
 func (p freezeContainerParams) Validate() error {
+	if p.OnExpire != "keep" && p.OnExpire != "release" {
+		return fmt.Errorf("onExpire: %s is neither keep nor release", param.Cut(p.OnExpire))
+	}
 	if p.OnExpire == "release" && p.TTL == 0 {
 		return errors.New("onExpire: release has no meaning without a ttl")
 	}
@@ -97,27 +100,38 @@ func (f *containerFreezer) Act(ctx context.Context, r *Request) (Result, error) 
 		return Result{}, Refuse("%v", err)
 	}
 	c := r.Container
+	result := Result{Found: foundContainer(c)}
+	if params.OnExpire == "release" {
+		result.TTL = time.Duration(params.TTL)
+	}
+	undo, err := json.Marshal(frozenContainer{c.ID, c.Path, c.Inode, f.local.BootID()})
+	if err != nil {
+		return Result{}, err
+	}
+	// Stored before: whatever happens next, what is frozen is not forgotten.
+	frozen, err := c.Frozen()
+	if err != nil {
+		return Result{}, err
+	}
+	if !frozen {
+		r.Intend(undo, result.TTL)
+	}
 	already, err := c.Freeze(ctx)
 	if err != nil {
 		return Result{}, refuseOwn(err)
 	}
-	result := Result{Found: foundContainer(c)}
 	if pids, err := c.Pids(); err == nil {
 		result.Found["processes"] = strconv.Itoa(len(pids))
 		result.Found["pids"] = list(pids)
 	}
-	// An earlier run of this very step that was cut off may have frozen it and
-	// kept no record: then it is this step that undo takes back.
-	if already && !r.Resumed {
+	// An earlier run of this very step that was cut off may have frozen it: then
+	// it is this step that undo takes back.
+	if already && (!r.Resumed || r.Intended == nil) {
 		result.Nothing, result.Reason = true, "the container is frozen already, by another step or by somebody else"
 		return result, nil
 	}
-	result.Reason = "all processes of the container stopped" + probed(c)
-	if params.OnExpire == "release" {
-		result.TTL = time.Duration(params.TTL)
-	}
-	result.Undo, err = json.Marshal(frozenContainer{c.ID, c.Path, c.Inode, f.local.BootID()})
-	return result, err
+	result.Reason, result.Undo = "all processes of the container stopped"+probed(c), undo
+	return result, nil
 }
 
 // probed is what to mind of the kubelet.

@@ -43,6 +43,9 @@ func (containerKiller) Act(ctx context.Context, r *Request) (Result, error) {
 	if err := r.Decode(&params); err != nil {
 		return Result{}, Refuse("%v", err)
 	}
+	if err := ctx.Err(); err != nil {
+		return Result{}, err
+	}
 	c := r.Container
 	killed, err := c.Kill(ctx)
 	if err != nil {

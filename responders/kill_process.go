@@ -134,16 +134,25 @@ func (k *processKiller) spared(p *node.Process, protect []string) string {
 	}
 	switch {
 	case slices.ContainsFunc(protect, is):
-		return "protected by this rule (" + strconv.QuoteToASCII(param.Cut(name)) + ")"
+		return "protected by this rule (" + quoted(name) + ")"
 	case slices.ContainsFunc(protectedNames(), is) && p.OfRoot():
-		return "one that the node can't do without (" + strconv.QuoteToASCII(param.Cut(name)) + ")"
+		return "one that the node can't do without (" + quoted(name) + ")"
 	}
 	return ""
 }
 
 // named is a process for people. It chose both of its names itself.
 func named(p *node.Process) string {
-	return fmt.Sprintf("%d %s", p.PID, strconv.QuoteToASCII(param.Cut(cmp.Or(p.Exe, p.Comm))))
+	return fmt.Sprintf("%d %s", p.PID, quoted(cmp.Or(p.Exe, p.Comm)))
+}
+
+// quoted is the end of what may be an attacker's and long, without control characters.
+func quoted(s string) string {
+	const most = 128
+	if len(s) > most {
+		s = "…" + s[len(s)-most:]
+	}
+	return strconv.QuoteToASCII(s)
 }
 
 // endIn is how long the killed may take to be gone; most take under a millisecond.
@@ -154,6 +163,9 @@ func (k *processKiller) Act(ctx context.Context, r *Request) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	if err := ctx.Err(); err != nil {
+		return Result{}, err
+	}
 	if err := k.Check(ctx, r); err != nil {
 		return Result{}, err
 	}
@@ -161,7 +173,7 @@ func (k *processKiller) Act(ctx context.Context, r *Request) (Result, error) {
 	hit := []*node.Process{r.Process}
 	var left, notes []string
 	if params.Tree {
-		held := &suspects{killer: k, protect: params.Protect, spared: map[int]bool{}, left: map[string]bool{}}
+		held := &family{killer: k, protect: params.Protect, spared: map[int]bool{}, left: map[string]bool{}}
 		defer held.close()
 		if err := held.gather(ctx, r.Process, signal); err != nil {
 			if len(held.found) == 0 {
@@ -249,8 +261,8 @@ func (k *processKiller) ended(ctx context.Context, r *Request, killed []*node.Pr
 	return []string{fmt.Sprintf("not gone after %s, since they are in a call to the kernel that can't be broken off: %s", endIn, list(slow))}
 }
 
-// suspects is a tree of processes as it is found, one look after the other.
-type suspects struct {
+// family is a tree of processes as it is found, one look after the other.
+type family struct {
 	killer  *processKiller
 	protect []string
 	found   []*node.Process // parents first; held
@@ -258,7 +270,7 @@ type suspects struct {
 	left    map[string]bool
 }
 
-func (s *suspects) close() {
+func (s *family) close() {
 	for _, p := range s.found {
 		_ = p.Close()
 	}
@@ -270,7 +282,7 @@ const treeRounds = 32
 // gather finds the tree. To kill or stop it, each process is stopped as it is
 // found, and the tree looked at again until there is nobody new: who is stopped
 // forks no more.
-func (s *suspects) gather(ctx context.Context, root *node.Process, signal syscall.Signal) error {
+func (s *family) gather(ctx context.Context, root *node.Process, signal syscall.Signal) error {
 	stop := signal == syscall.SIGKILL || signal == syscall.SIGSTOP
 	have := map[string]bool{}
 	for range treeRounds {

@@ -377,8 +377,8 @@ func TestResolveByARealProcess(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Skipf("no process to look at: %v", err)
 	}
-	forked := time.Now()
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	forked := responders.StartOf(t, cmd.Process.Pid)
 	var pod *corev1.Pod
 	w := newPodWorld(t, func(w *podWorld) { pod = w.add(testNode, "shop", "web-0", nil) })
 	w.pods.SetWait(100 * time.Millisecond)
@@ -396,7 +396,7 @@ func TestResolveByARealProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.pods.SetProc(root)
-	target := alert.Target{Namespace: "shop", Pod: "web-0", PID: int64(cmd.Process.Pid), PIDStart: forked.UnixNano()}
+	target := alert.Target{Namespace: "shop", Pod: "web-0", PID: int64(cmd.Process.Pid), PIDStart: forked}
 	if got, _, err := w.pods.Resolve(t.Context(), target); err != nil || got.UID != pod.UID {
 		t.Errorf("pod %v, error %v", got, err)
 	}

@@ -2,6 +2,7 @@ package responders
 
 import (
 	"bytes"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"stoop/alert"
+	"stoop/node"
 )
 
 // proc is where the kernel tells of its processes: /proc.
@@ -24,66 +26,32 @@ type process struct {
 	container string // the whole id
 }
 
-// startTolerance is how far a process's start as Falco tells it may be from
-// the kernel's: seen were 3 to 8 ms, and a clock that is being slewed adds some.
+// startTolerance is how far a process's start as Falco tells it may be from the
+// kernel's where stoop's own are to be left alone; where one is acted on, node is
+// far stricter.
 const startTolerance = time.Second
 
-// The kubelet's cgroups: /kubepods/burstable/pod<uid>/<id>, or with systemd
-// kubepods-burstable-pod<uid with _>.slice/cri-containerd-<id>.scope. Whoever
-// may make cgroups inside a container can name them as he likes, but only
-// further right.
-var (
-	cgroupPod       = regexp.MustCompile(`\bpod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12}|[0-9a-f]{32})\b`)
-	cgroupContainer = regexp.MustCompile(`[0-9a-f]{64}`)
-)
+// cgroupContainer is what gives a cgroup away that may be a container's, whoever
+// made it.
+var cgroupContainer = regexp.MustCompile(`[0-9a-f]{64}`)
 
 // look tells where the alert's process runs; nothing where it is not there any
-// more, runs in no pod, or may be another one that was given the same number.
+// more, runs in no pod, or may be another one that was given the same number. It
+// is another one unless the alert's container is its own or, where the alert has
+// none, its start the alert's.
 func (root proc) look(t alert.Target) process {
-	if t.PID <= 0 {
+	if t.PID <= 0 || t.PID > math.MaxInt32 {
 		return process{}
 	}
-	dir := filepath.Join(string(root), strconv.FormatInt(t.PID, 10))
-	b, err := os.ReadFile(filepath.Join(dir, "cgroup"))
-	if err != nil {
+	start := t.PIDStart
+	if t.Container != "" {
+		start = 0
+	}
+	at, err := node.New(node.Config{Proc: string(root)}).Locate(int(t.PID), start, t.Container)
+	if err != nil || at.PodUID == "" {
 		return process{}
 	}
-	p := readCgroup(b)
-	switch {
-	case p.pod == "":
-		return process{}
-	case t.Container != "":
-		if p.container == "" || !strings.HasPrefix(p.container, t.Container) {
-			return process{}
-		}
-	case t.PIDStart == 0:
-		return process{}
-	default:
-		start, ok := root.started(dir)
-		if !ok || start.Sub(time.Unix(0, t.PIDStart)).Abs() > startTolerance {
-			return process{}
-		}
-	}
-	return p
-}
-
-// readCgroup reads /proc/PID/cgroup: one line for cgroup v2, one a controller
-// for v1. Lines that name different pods prove none.
-func readCgroup(b []byte) process {
-	var found process
-	for line := range bytes.Lines(b) {
-		at := cgroupPod.FindSubmatchIndex(line)
-		if at == nil || bytes.Contains(line[:at[0]], []byte("user.slice")) {
-			continue // users of the host may name their own cgroups
-		}
-		p := process{pod: types.UID(strings.ReplaceAll(string(line[at[2]:at[3]]), "_", "-"))}
-		p.container = string(cgroupContainer.Find(line[at[3]:]))
-		if found != (process{}) && found != p {
-			return process{}
-		}
-		found = p
-	}
-	return found
+	return process{types.UID(at.PodUID), at.Container}
 }
 
 // started is when a process was forked, by the clock on the wall.
