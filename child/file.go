@@ -43,8 +43,8 @@ type File struct {
 	Xattrs map[string][]byte `json:"xattrs,omitempty"`
 }
 
-// same reports whether f is the file that o was, and nobody wrote to it.
-func (f File) same(o File) bool {
+// Same reports whether f is the file that o was, and nobody wrote to it.
+func (f File) Same(o File) bool {
 	return f.Dev == o.Dev && f.Inode == o.Inode && f.Size == o.Size && f.Modify.Equal(o.Modify) && f.Change.Equal(o.Change)
 }
 

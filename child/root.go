@@ -85,10 +85,8 @@ func (p Place) root() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the mount namespace of process %d: %w", oldest.pid, err)
 	}
-	for _, host := range []string{"/proc/self/ns/mnt", "/proc/1/ns/mnt"} {
-		if own, err := os.Readlink(host); err != nil || own == ns {
-			return nil, refuse("the container sees the host's own mounts (or it can't be told): its files are the host's")
-		}
+	if hosts(ns) {
+		return nil, refuse("the container sees the host's own mounts (or it can't be told): its files are the host's")
 	}
 	f, err := oldest.open("ns/mnt")
 	if err != nil {
@@ -104,6 +102,24 @@ func (p Place) root() (*os.File, error) {
 		return nil, err
 	}
 	return root, nil
+}
+
+// hosts reports whether a mount namespace is stoop's own or the host's, or may
+// be. The host's is that of its init, and of its kernel threads, of which the
+// parent is process 2: one of the two may not let itself be looked at.
+func hosts(ns string) bool {
+	if own, err := os.Readlink("/proc/self/ns/mnt"); err != nil || own == ns {
+		return true
+	}
+	known := false
+	for _, pid := range []string{"1", "2"} {
+		host, err := os.Readlink("/proc/" + pid + "/ns/mnt")
+		if err == nil && host == ns {
+			return true
+		}
+		known = known || err == nil
+	}
+	return !known
 }
 
 // check makes sure that the root is a container's own, and that of the process
@@ -362,7 +378,7 @@ func (s *spot) remove(f *os.File, was File) error {
 	if err != nil {
 		return err
 	}
-	if !now.same(was) {
+	if !now.Same(was) {
 		return &Refusal{Later: true, Reason: "it was changed while it was kept"}
 	}
 	again, err := s.open()
