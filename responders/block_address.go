@@ -284,6 +284,7 @@ func (b *addressBlocker) Act(ctx context.Context, r *Request) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	tidy(ctx, b.node)
 	found := wiring(block.Wired, block.OneWay, block.NetAdmin)
 	found["address"] = a.String()
 	found["connection"] = connection.Protocol + " " + connection.Local.String() + "->" + connection.Remote.String()

@@ -1,22 +1,29 @@
 package responders_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"stoop/node/nodetest"
 	"stoop/responders"
 	"stoop/responders/conformance"
 )
@@ -113,6 +120,61 @@ func conformanceCases() []conformance.Case {
 			},
 		},
 		{
+			Responder: "freeze-container",
+			Suspect: func(t testing.TB) *conformance.Suspect {
+				s, _, count := suspect(t)
+				moved := func() bool {
+					before := count()
+					for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+						if count() != before {
+							return true
+						}
+					}
+					return false
+				}
+				s.Effects = func() int {
+					if moved() {
+						return 0
+					}
+					return 1
+				}
+				s.Done = func() {
+					if moved() {
+						t.Error("the container's processes run")
+					}
+				}
+				s.Undone = func() {
+					if !moved() {
+						t.Error("the container's processes stand still")
+					}
+				}
+				return s
+			},
+		},
+		{
+			Responder: "run",
+			New:       responders.NewRun(os.Args[0], "-test.run=^TestAsRunChild$", "--"),
+			Params: func(t testing.TB) (string, func() int) {
+				nodetest.Root(t)
+				dir := t.TempDir()
+				program, ran := filepath.Join(dir, "program"), filepath.Join(dir, "ran")
+				// A second run is told that it is one.
+				script := "#!/bin/sh\n[ -n \"$STOOP_RESUMED\" ] || cat >>" + ran + "\n"
+				if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				return fmt.Sprintf(`{"command":[%q]}`, program), func() int {
+					b, err := os.ReadFile(ran)
+					if err != nil && !os.IsNotExist(err) {
+						t.Error(err)
+					}
+					return strings.Count(string(b), "\n")
+				}
+			},
+		},
+		{Responder: "kill-container", Suspect: killable},
+		{Responder: "kill-process", Suspect: killable},
+		{
 			Responder: "slack",
 			Params: func(t testing.TB) (string, func() int) {
 				address, count := notified(t, func(_ *http.Request, body []byte) {
@@ -154,6 +216,72 @@ func conformanceCases() []conformance.Case {
 			},
 		},
 	}
+}
+
+// suspect is a container with a process that counts.
+func suspect(t testing.TB) (s *conformance.Suspect, cmd *exec.Cmd, count func() int) {
+	t.Helper()
+	dir := nodetest.CgroupV2(t)
+	cmd, count = nodetest.Counter(t, dir)
+	start, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &conformance.Suspect{
+		Container: filepath.Base(dir), PID: cmd.Process.Pid, Start: startedAt(t, start),
+		Remove: func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			if err := os.Remove(dir); err != nil {
+				t.Error(err)
+			}
+		},
+	}, cmd, count
+}
+
+// startedAt is when a process was forked, in nanoseconds since 1970, out of its
+// stat.
+func startedAt(t testing.TB, stat []byte) int64 {
+	t.Helper()
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	ticks, err := strconv.ParseInt(f[22-3], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var boot unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+		t.Fatal(err)
+	}
+	return time.Now().UnixNano() - boot.Nano() + ticks*int64(10*time.Millisecond) + int64(5*time.Millisecond)
+}
+
+// killable is one that a step ends.
+func killable(t testing.TB) *conformance.Suspect {
+	s, cmd, _ := suspect(t)
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	has := func(wait time.Duration) bool {
+		select {
+		case <-ended:
+			return true
+		case <-time.After(wait):
+			return false
+		}
+	}
+	s.Effects = func() int {
+		if has(100 * time.Millisecond) {
+			return 1
+		}
+		return 0
+	}
+	s.Done = func() {
+		if !has(10 * time.Second) {
+			t.Error("the process runs")
+		}
+	}
+	remove := s.Remove
+	s.Remove = func() { _ = cmd.Process.Kill(); <-ended; remove() }
+	return s
 }
 
 func TestConformance(t *testing.T) {

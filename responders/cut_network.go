@@ -31,8 +31,10 @@ A link without an end on the host (macvlan, ipvlan, host-device, the guest's sid
 of some plugins) is cut inside the namespace only: then, and on kernels before
 5.16 for what comes in, found.how says so, and found.removable is true if the
 container holds NET_ADMIN, with which it can lift that. A container with NET_ADMIN
-may also be able to make itself another link; found.netAdmin names it. Stop it first: freeze-container,
-then cut-network.
+can also make itself another link on top of one of the host's (a macvlan; not where
+the pod has a user namespace of its own): found.netAdmin is true, and the link is
+covered only when stoop starts the next time. Stop such a container first:
+freeze-container, then cut-network.
 
 allow takes addresses, each with one of its ports (TCP and UDP) if wanted:
 10.0.0.7/32 for an investigator, 10.96.0.10/32:53 for the cluster's DNS, as the pod
@@ -136,6 +138,7 @@ func (c *networkCutter) Act(ctx context.Context, r *Request) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	tidy(ctx, c.node)
 	found := wiring(cut.Wired, cut.OneWay, cut.NetAdmin)
 	if len(allow) > 0 {
 		found["allowed"] = joined(params.Allow)
@@ -194,6 +197,14 @@ func (c *networkCutter) read(u *UndoRequest) (*networkCut, error) {
 		return nil, fmt.Errorf("the cut ended when the machine was restarted: %w", ErrGone)
 	}
 	return &rec, nil
+}
+
+// tidy removes what links that are gone left behind. Nothing hangs on it: that it
+// failed is not worth a word.
+func tidy(ctx context.Context, n *node.Node) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	_ = n.Sweep(ctx)
 }
 
 // networkError makes of a node's error what the host understands.

@@ -16,3 +16,12 @@ func (p *Pods) SetProc(root string) { p.proc = proc(root) }
 
 // SetWait changes how long p waits for a pod to appear.
 func (p *Pods) SetWait(d time.Duration) { p.wait, p.longer = d, 0 }
+
+// NewRun is the responder run, which starts wrapper where it would start stoop.
+func NewRun(wrapper ...string) func(Env) Responder {
+	return func(env Env) Responder {
+		r := run().New(env).(*programRunner)
+		r.wrapper = wrapper
+		return r
+	}
+}

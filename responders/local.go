@@ -206,8 +206,8 @@ func (h *Host) keep(ctx context.Context) {
 	}
 	for id, r := range h.undos.kept() {
 		run := h.responders[r.Responder]
-		if run == nil || run.act == nil || !run.local() || h.Env.Local == nil {
-			continue
+		if run == nil || run.act == nil || !run.local() || h.Env.Local == nil || r.Intended {
+			continue // a step that was cut off comes again by itself
 		}
 		k, ok := run.act.(Keeper)
 		if !ok {

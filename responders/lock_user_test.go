@@ -309,6 +309,10 @@ func TestLockUserEndsHisProcesses(t *testing.T) {
 	container := w.contain(t, held.Process.Pid)
 	apart := number(t, dir+"/apart")
 
+	// Between the list and the kill a number may become another's.
+	if was, err := proc("/proc").killUser(other.Process.Pid, w.uid); was || err != nil {
+		t.Errorf("another user's process was taken for his (%v)", err)
+	}
 	res, err := w.Act(t.Context(), w.request(t, ``, nil))
 	if err != nil {
 		t.Fatal(err)

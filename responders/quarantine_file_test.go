@@ -75,7 +75,7 @@ func startContainer(t testing.TB, options ...string) *rooted {
 	return c
 }
 
-// begin starts a process that says ready, in a cgroup.
+// begin starts a process that says ready, in a cgroup or ("") this one's.
 func begin(t testing.TB, cmd *exec.Cmd, cgroup string) int {
 	t.Helper()
 	out, w, err := os.Pipe()
@@ -88,7 +88,11 @@ func begin(t testing.TB, cmd *exec.Cmd, cgroup string) int {
 	}
 	t.Cleanup(func() { in.Close() })
 	cmd.Stdout = w
-	nodetest.Start(t, nodetest.In{Cgroups: []string{cgroup}}, cmd)
+	var where nodetest.In
+	if cgroup != "" {
+		where.Cgroups = []string{cgroup}
+	}
+	nodetest.Start(t, where, cmd)
 	w.Close()
 	defer out.Close()
 	_ = out.SetReadDeadline(time.Now().Add(10 * time.Second))

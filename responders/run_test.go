@@ -127,6 +127,14 @@ func number(t *testing.T, path string) int {
 
 func TestRunGivesTheAlertAndNothingElse(t *testing.T) {
 	t.Setenv("STOOP_TEST_SECRET", "must not be seen")
+	var core syscall.Rlimit
+	if err := syscall.Getrlimit(unix.RLIMIT_CORE, &core); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setrlimit(unix.RLIMIT_CORE, &syscall.Rlimit{Cur: core.Max, Max: core.Max}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Setrlimit(unix.RLIMIT_CORE, &core) })
 	w := newRunWorld(t)
 	path := w.script(t, `
 cat > `+w.dir+`/stdin

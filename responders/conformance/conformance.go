@@ -54,6 +54,9 @@ type World interface {
 // Case is a responder with parameters that make it act.
 type Case struct {
 	Responder string
+	// New is in place of the registry's, for what a test must not do to the
+	// machine that it runs on.
+	New func(responders.Env) responders.Responder
 	// World makes one anew for each part of the suite; in a shared cluster
 	// each must have a Namespace of its own.
 	World func(t testing.TB) World
@@ -96,6 +99,9 @@ func Run(t *testing.T, c Case) {
 		t.Fatalf("there is no responder %q in the registry", c.Responder)
 	}
 	entry := responders.All()[i]
+	if c.New != nil {
+		entry.New = c.New
+	}
 	pod := entry.Object == responders.PodObject
 	harm := entry.Kind == responders.Harm
 	partOf := func(t *testing.T, name string, f func(t *testing.T, r *rig)) {
