@@ -52,7 +52,7 @@ evidence may hold secrets of the container's, and only root can read it.`,
 type captureProcParams struct {
 	Processes int            `param:"processes" min:"1" max:"512" doc:"How many processes are captured at most, the alert's and its tree first."`
 	MaxExe    param.Size     `param:"maxExe" min:"0B" max:"1GiB" doc:"How much of an executable is kept."`
-	MaxSize   param.Size     `param:"maxSize" min:"1MiB" max:"4GiB" doc:"How much is kept in all."`
+	MaxSize   param.Size     `param:"maxSize" min:"64KiB" max:"4GiB" doc:"How much is kept in all."`
 	Redact    []string       `param:"redact" doc:"Names of environment variables whose values are not kept; * and ? are globs, and the case of letters does not count."`
 	Timeout   param.Duration `param:"timeout" min:"100ms" max:"30s" doc:"How long it may take; what there is by then is kept."`
 }
