@@ -35,7 +35,7 @@ type measuring struct {
 	*rig
 	rows  []row
 	notes []string
-	took  map[string][]time.Duration // responder → arrival to done, by stoop's own account
+	took  map[string][]time.Duration // step → arrival to done, by stoop's own account
 
 	mu   sync.Mutex
 	gone map[types.UID]time.Time // when the pod's object went
@@ -49,6 +49,7 @@ func (m *measuring) all() {
 		one := m.suspects("one", 1)[0]
 		m.settle()
 		m.freeze(one)
+		m.outlive(one)
 		m.cut(one)
 		m.killProcess(one)
 		one.remove()
@@ -118,7 +119,11 @@ func (m *measuring) done(id, responder string) broker.Outcome {
 	if o.Took.Done == 0 {
 		m.Fatalf("%s: the outcome does not say how long it took", responder)
 	}
-	m.took[responder] = append(m.took[responder], time.Duration(o.Took.Done)*time.Microsecond)
+	step := "`" + responder + "`"
+	if o.Rule == chainRule {
+		step += " in the chain"
+	}
+	m.took[step] = append(m.took[step], time.Duration(o.Took.Done)*time.Microsecond)
 	return o
 }
 
@@ -150,6 +155,27 @@ func (m *measuring) freeze(s *suspect) {
 		s.shell.waitAlive(m, "the thawed shell", 20)
 	}
 	m.add(row{"every process of the container frozen", "`freeze-container`", times, fast})
+}
+
+// outlive has stoop killed after it froze a container: the freeze is not
+// forgotten.
+func (m *measuring) outlive(s *suspect) {
+	s.shell.waitAlive(m, "the shell", 20)
+	id, _ := m.send(s, "E2E freeze")
+	o := m.done(id, "freeze-container")
+	m.stoop.CloseFIFO()
+	m.stoop.Kill()
+	m.stoop.Start()
+	if s.counts() {
+		m.Fatalf("stoop was killed and started again, and what it had frozen goes on")
+	}
+	m.stoop.Run("undo", "--all")
+	m.stoop.WaitStatus(id, o.Responder, broker.Undone, soon)
+	if !s.counts() {
+		m.Fatalf("thawed by undo --all, but the suspect does not go on")
+	}
+	s.shell.waitAlive(m, "the thawed shell", 20)
+	m.note("A frozen container stayed so when stoop was killed and started again, and `stoop undo --all` thawed it.")
 }
 
 func (m *measuring) cut(s *suspect) {
@@ -225,7 +251,7 @@ func (m *measuring) killContainer(suspects []*suspect) {
 		m.cluster.Remove(m, s.pod)
 	}
 	m.add(row{"every process of the container killed: none runs any more", "`kill-container`", stopped, fast})
-	m.add(row{"the last of them gone, with the container's mounts", "", gone, nil})
+	m.add(row{"the last of them gone, with the container's mounts", "`kill-container`", gone, nil})
 }
 
 func (m *measuring) chain(suspects []*suspect) {
@@ -253,11 +279,11 @@ func (m *measuring) chain(suspects []*suspect) {
 		kept = append(kept, time.Duration(o.Took.Done)*time.Microsecond)
 		files = m.readEvidence(s, o)
 	}
-	m.add(row{"frozen", "the chain, 1st: `freeze-container`", froze, fast})
-	m.add(row{"the evidence on the disk (by stoop's account)", "2nd: `capture-proc`", kept, nil})
-	m.add(row{"the pod's network silent", "3rd: `cut-network`", cut, nil})
-	m.add(row{"every process of the container dead", "4th: `delete-pod`, grace 1 s", dead, nil})
-	m.add(row{"the pod's object gone", "", gone, nil})
+	m.add(row{"every process of the container frozen", "the chain, 1st: `freeze-container`", froze, fast})
+	m.add(row{"the evidence on the disk (by stoop's account)", "the chain, 2nd: `capture-proc`", kept, nil})
+	m.add(row{"the pod's network silent", "the chain, 3rd: `cut-network`", cut, nil})
+	m.add(row{"every process of the container dead", "the chain, 4th: `delete-pod`, grace 1 s", dead, nil})
+	m.add(row{"the pod's object gone", "the chain", gone, nil})
 	m.note("The chain's evidence was read back each time: %d files, every hash right, among them the shell's program, which its owner had deleted from the disk (SHA-256 as of the program that was put there).", files)
 }
 
@@ -325,7 +351,8 @@ func (m *measuring) api(grace int64, suspects []*suspect) {
 		gone = append(gone, m.goneAt(s.pod).Sub(began))
 		s.shell.hangUp()
 	}
-	m.add(row{"the pod's object gone", fmt.Sprintf("only a DELETE, grace %d s", grace), gone, nil})
-	m.add(row{"the attacker's shell silent", "", silent, nil})
-	m.add(row{"the suspect's process dead", "", dead, nil})
+	by := fmt.Sprintf("only a DELETE, grace %d s", grace)
+	m.add(row{"the pod's object gone", by, gone, nil})
+	m.add(row{"the attacker's shell silent", by, silent, nil})
+	m.add(row{"the suspect's process dead", by, dead, nil})
 }

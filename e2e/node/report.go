@@ -25,7 +25,7 @@ var fast = &aim{3 * time.Millisecond, 10 * time.Millisecond}
 
 func (m *measuring) add(r row) {
 	m.rows = append(m.rows, r)
-	m.Logf("%s; %s: p50 %s, at most %s of %d: %v", r.what, r.how, figures.MS(r.p50()), figures.MS(r.most()), len(r.times), r.times)
+	m.Logf("%s, by %s: p50 %s, at most %s of %d: %v", r.what, r.how, figures.MS(r.p50()), figures.MS(r.most()), len(r.times), r.times)
 }
 
 func (m *measuring) note(format string, args ...any) {
@@ -57,7 +57,7 @@ func (m *measuring) report() string {
 	s.WriteString("\n")
 	fmt.Fprintf(&s, "- The suspect is a reverse shell: it ignores SIGTERM, its program was put on the disk and deleted again, and the attacker talks to it every %s over the one open connection. Dead: by a pidfd. Silent: nothing is answered any more, from the last answer or the first question without one, whichever was later.\n", beatEvery)
 	if !m.Bare {
-		m.note("Frozen: the kernel says so of the container's cgroup, looked at every %s; each time the suspect stood still, and went on after `stoop undo`. Cut: shell and pings alike; each time nothing more came out or in while the suspect's processes went on, and the same connection came back after `stoop undo`. In the chain, where all is frozen, the network is watched by pings alone, which the pod's kernel answers.", lookEvery)
+		fmt.Fprintf(&s, "- Frozen: the kernel says so of the container's cgroup, looked at every %s; each time the suspect stood still, and went on after `stoop undo`. Cut: shell and pings alike; each time nothing more came out or in while the suspect's processes went on, and the same connection came back after `stoop undo`. In the chain, where all is frozen, the network is watched by pings alone, which the pod's kernel answers.\n", lookEvery)
 		m.note("%s", m.account())
 	}
 	for _, n := range m.notes {
@@ -69,9 +69,9 @@ func (m *measuring) report() string {
 // account is what stoop says itself, of which the outside knows nothing.
 func (m *measuring) account() string {
 	var parts []string
-	for _, responder := range slices.Sorted(maps.Keys(m.took)) {
-		t := m.took[responder]
-		parts = append(parts, fmt.Sprintf("%s %s and %s (%d)", responder, figures.MS(figures.Quantile(t, .5)), figures.MS(figures.Quantile(t, 1)), len(t)))
+	for _, step := range slices.Sorted(maps.Keys(m.took)) {
+		t := m.took[step]
+		parts = append(parts, fmt.Sprintf("%s %s and %s (%d)", step, figures.MS(figures.Quantile(t, .5)), figures.MS(figures.Quantile(t, 1)), len(t)))
 	}
-	return "By stoop's own account, from the alert's arrival until the step was done, p50 and most, those within the chain included: " + strings.Join(parts, ", ") + "."
+	return "By stoop's own account, from the alert's arrival until the step was done, p50 and most: " + strings.Join(parts, ", ") + "."
 }

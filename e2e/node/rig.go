@@ -36,6 +36,9 @@ type rig struct {
 	stoop   *program.Stoop // nil when the run is bare
 }
 
+// chainRule is the name of the rule with more than one step.
+const chainRule = "chain"
+
 // rules name, for each of the rig's alerts, what is done about it.
 const rules = `
 mode: enforce
@@ -52,7 +55,7 @@ rules:
   - name: kill-container
     match: {rule: E2E kill container}
     actions: [kill-container]
-  - name: chain
+  - name: ` + chainRule + `
     match: {rule: E2E chain}
     actions:
       - freeze-container
