@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"gopkg.in/yaml.v3"
@@ -494,6 +495,30 @@ func TestRunDiesWithStoop(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t, pid)
+}
+
+// The machine that this is tested on may end what is left behind by itself, so
+// the kernel is asked as well.
+func TestRunAsksTheKernelToDieWithStoop(t *testing.T) {
+	w := newRunWorld(t)
+	res, err := w.runner.Act(t.Context(), w.request(t, map[string]any{"command": []string{os.Args[0], "-test.run=^TestAsProgram$", "--", "signal"}, "memory": "1024TiB"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := w.kept(t, res, "stdout"); !strings.HasPrefix(out, "9\n") {
+		t.Errorf("when its parent dies it gets signal %s", out)
+	}
+}
+
+func TestAsProgram(t *testing.T) {
+	if flag.Arg(0) != "signal" {
+		return
+	}
+	var signal int32
+	if err := unix.Prctl(unix.PR_GET_PDEATHSIG, uintptr(unsafe.Pointer(&signal)), 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println(signal)
 }
 
 func TestAsDyingStoop(*testing.T) {
