@@ -9,12 +9,14 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"stoop/node/nodetest"
@@ -246,6 +248,29 @@ func (p *pod) datagramTo(t testing.TB, host *nodetest.Network) bool {
 	return err == nil
 }
 
+// datagramIn sends one from the host to the pod, which needs no answer of the
+// pod's: the neighbour is known.
+func (p *pod) datagramIn(t testing.TB) bool {
+	t.Helper()
+	var l net.PacketConn
+	p.net.Do(t, func() (err error) {
+		l, err = net.ListenPacket("udp", netip.AddrPortFrom(p.cable.Inside, 0).String())
+		return err
+	})
+	defer l.Close()
+	c, err := net.Dial("udp", l.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("hello")); err != nil && !errors.Is(err, unix.EPERM) {
+		t.Fatal(err)
+	}
+	l.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	_, _, err = l.ReadFrom(make([]byte, 100))
+	return err == nil
+}
+
 // datagram6 is datagram over IPv6.
 func (p *pod) datagram6(t testing.TB) bool {
 	t.Helper()
@@ -390,10 +415,16 @@ func TestCutHoldsAgainstNetAdmin(t *testing.T) {
 	n := New(Config{})
 	p := newPod(t)
 	s := p.stream(t)
+	if !p.datagramIn(t) {
+		t.Fatal("a datagram does not get in before the cut: the test is worth nothing")
+	}
 	p.cutOff(t, n)
 	p.flush(t)
 	if p.datagram(t) || p.frameArrives(t) {
 		t.Error("a packet got out of a pod that deleted the tables of its own namespace")
+	}
+	if p.datagramIn(t) {
+		t.Error("a packet got into a pod that deleted the tables of its own namespace")
 	}
 	nodetest.Wait(t, "the stream to stop", func() bool { return !s.flows(100 * time.Millisecond) })
 }
@@ -421,6 +452,9 @@ func TestCutHoldsInsideToo(t *testing.T) {
 	}
 	if p.datagram(t) || p.frameArrives(t) {
 		t.Error("a packet got out where only the inside was left")
+	}
+	if p.datagramIn(t) {
+		t.Error("a packet got in where only the inside was left")
 	}
 }
 
@@ -594,6 +628,53 @@ func TestKeepCut(t *testing.T) {
 	}
 }
 
+// A container with NET_ADMIN, and nothing else, may make itself a link on top of
+// one of the host's: the kernel asks for the capability over the host's namespace,
+// which it holds unless the pod has a user namespace of its own. What is said of
+// the cut must not hide it, and keeping the cut up covers the link, inside.
+func TestCutAndALinkThatNetAdminAdds(t *testing.T) {
+	n := New(Config{})
+	p := newPod(t)
+	c := p.cutOff(t, n)
+	if !c.NetAdmin {
+		t.Error("the cut does not say that the container holds NET_ADMIN")
+	}
+	s := p.side(t)
+	defer s.Close()
+	host, err := n.HostNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	number, err := s.route.numberOf(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var made error
+	p.net.Do(t, func() error {
+		caps := [2]unix.CapUserData{{Effective: 1 << unix.CAP_NET_ADMIN, Permitted: 1 << unix.CAP_NET_ADMIN}}
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &caps[0]); err != nil {
+			return err
+		}
+		r, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		made = nodetest.Rtnetlink{Conn: r}.AddLinkOn("macvlan", "mv0", p.cable.HostIndex, number)
+		return nil
+	})
+	if made != nil {
+		t.Skipf("missing here: the kernel does not let NET_ADMIN make a macvlan on a link of the host: %v", made)
+	}
+	if restored, err := n.KeepCut(soon(t), c); err != nil || !restored {
+		t.Errorf("keep with a new link: %t, %v", restored, err)
+	}
+	if got := c.Inside(); !slices.Equal(got, []string{"mv0"}) {
+		t.Errorf("cut inside of %q, wanted mv0", got)
+	}
+}
+
 // A chain takes hold of a new device that has the name of the one before, and
 // stays when its device goes: neither may do harm.
 func TestWhatACutLeavesHarmsNobody(t *testing.T) {
@@ -650,6 +731,8 @@ func TestAThousandNamespacesLeakNothing(t *testing.T) {
 	for range 20 {
 		enter()
 	}
+	// A file that nobody closes is closed when it is collected.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	threads, files := count("task"), count("fd")
 	for range 1000 {
 		enter()
@@ -660,10 +743,120 @@ func TestAThousandNamespacesLeakNothing(t *testing.T) {
 	if now, _ := os.Readlink("/proc/self/ns/net"); now != own {
 		t.Errorf("the process is in %s, and was in %s", now, own)
 	}
-	tasks, _ := os.ReadDir("/proc/self/task")
-	for _, task := range tasks {
-		if now, err := os.Readlink("/proc/self/task/" + task.Name() + "/ns/net"); err == nil && now != own {
-			t.Errorf("thread %s is in %s, the process in %s", task.Name(), now, own)
+	// A thread that is about to end may still be seen.
+	nodetest.Wait(t, "all threads to be in the process's namespace", func() bool {
+		tasks, _ := os.ReadDir("/proc/self/task")
+		for _, task := range tasks {
+			if now, err := os.Readlink("/proc/self/task/" + task.Name() + "/ns/net"); err == nil && now != own {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// The number of a process that left the container may be another's by the time
+// its namespace is opened.
+func TestAProcessThatLeftTheContainer(t *testing.T) {
+	n := New(Config{})
+	p := newPod(t)
+	asked := 0
+	left := func() ([]int, error) {
+		if asked++; asked > 1 {
+			return nil, nil
+		}
+		return p.pids, nil
+	}
+	if nets, _, err := n.networks(soon(t), "test", left); !errors.Is(err, ErrGone) {
+		closeAll(nets)
+		t.Errorf("the network of a process that left: %v, %v", nets, err)
+	}
+}
+
+// An index means nothing outside its own namespace.
+func TestPeerPointsBack(t *testing.T) {
+	n := New(Config{})
+	p := newPod(t)
+	s := p.side(t)
+	defer s.Close()
+	hostNet, err := n.HostNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hostNet.Close()
+	host, err := hostNet.side(soon(t), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	link, err := s.route.link(p.cable.InsideIndex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hostInPod, err := s.route.numberOf(hostNet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := host.route.link(p.cable.HostIndex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	podInHost := peer.PeerNamespace
+	otherIndex, otherKind, otherSpace, none, itself := link, link, link, link, link
+	otherIndex.Index++
+	otherKind.Kind = "macvlan"
+	otherSpace.PeerNamespace++
+	none.Peer = 0
+	itself.PeerNamespace = -1
+	for what, c := range map[string]struct {
+		link                 Link
+		podInHost, hostInPod int
+		want                 bool
+	}{
+		"the pod's own":                              {link, podInHost, hostInPod, true},
+		"one whose peer points at another":           {otherIndex, podInHost, hostInPod, false},
+		"one whose peer points to another namespace": {link, podInHost + 1, hostInPod, false},
+		"one with its peer in another namespace":     {otherSpace, podInHost, hostInPod, false},
+		"one with its peer in its own":               {itself, podInHost, hostInPod, false},
+		"no veth":                                    {otherKind, podInHost, hostInPod, false},
+		"one without a peer":                         {none, podInHost, hostInPod, false},
+	} {
+		if got, ok, err := peerOf(c.link, host.route, c.podInHost, c.hostInPod); err != nil || ok != c.want || ok && got.Name != p.cable.HostName {
+			t.Errorf("%s: %+v, %t, %v; wanted %t", what, got, ok, err, c.want)
+		}
+	}
+}
+
+// Cuts and their undoing at once, by this process and others: none takes another's
+// with it when it removes the last of the table that it saw.
+func TestCutsAtOnce(t *testing.T) {
+	n := New(Config{})
+	pods := []*pod{newPod(t), newPod(t), newPod(t), newPod(t)}
+	done := make(chan error)
+	for _, p := range pods {
+		go func() {
+			done <- func() error {
+				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+				defer cancel()
+				for range 40 {
+					c, err := n.cut(ctx, "test", p.members, cutID(), nil)
+					if err != nil {
+						return err
+					}
+					if restored, err := n.KeepCut(ctx, c); err != nil || restored {
+						return fmt.Errorf("something of the cut was missing: %t, %w", restored, err)
+					}
+					if lifted, err := n.Uncut(ctx, c); err != nil || !lifted {
+						return fmt.Errorf("uncut: %t, %w", lifted, err)
+					}
+				}
+				return nil
+			}()
+		}()
+	}
+	for range pods {
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
 	}
 }
@@ -683,6 +876,11 @@ func TestCutFromAnotherNamespace(t *testing.T) {
 		self := func() ([]int, error) { return []int{os.Getpid()}, nil }
 		if _, err := n.cut(soon(t), "test", self, cutID(), nil); !errors.Is(err, ErrHostNetwork) {
 			t.Errorf("cut of stoop's own network: %v", err)
+		}
+		host := func() ([]int, error) { return []int{os.Getppid()}, nil }
+		if nets, _, err := n.networks(soon(t), "test", host); !errors.Is(err, ErrHostNetwork) {
+			closeAll(nets)
+			t.Errorf("the host's network, seen from another: %v", err)
 		}
 		return
 	}

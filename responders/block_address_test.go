@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"stoop/alert"
+	"stoop/node"
 	"stoop/node/nodetest"
 	"stoop/param"
 )
@@ -145,7 +146,13 @@ func TestBlockAddressNeverTakesTheNodesOwn(t *testing.T) {
 
 func TestBlockAddressNeverTakes(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
-	act := &addressBlocker{}
+	nodetest.Root(t)
+	act := &addressBlocker{node: node.New(node.Config{})}
+	for _, a := range act.node.Resolvers() {
+		if err := act.mayBlock(soonest(t), a, nil); !as[*refusal](err) {
+			t.Errorf("the DNS server %s: %v", a, err)
+		}
+	}
 	for _, a := range []string{"127.0.0.1", "::1", "169.254.169.254", "fe80::1", "224.0.0.1", "ff02::1", "0.0.0.0", "0.1.2.3", "::", "255.255.255.255", "10.96.0.1", "192.0.2.7"} {
 		err := act.mayBlock(soonest(t), netip.MustParseAddr(a), []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")})
 		if !as[*refusal](err) {

@@ -179,6 +179,20 @@ func (r Rtnetlink) removeAddress(index int, a netip.Addr, bits byte) error {
 	})
 }
 
+// AddLinkOn makes a link of a kind on top of another, which is in the namespace
+// that this one knows by the number.
+func (r Rtnetlink) AddLinkOn(kind, name string, lower, number int) error {
+	return r.Change(unix.RTM_NEWLINK, netlink.Create|netlink.Excl, ifinfo(0, unix.IFF_UP), func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.IFLA_IFNAME, name)
+		ae.Uint32(unix.IFLA_LINK, uint32(lower))
+		ae.Uint32(unix.IFLA_LINK_NETNSID, uint32(number))
+		ae.Nested(unix.IFLA_LINKINFO, func(ae *netlink.AttributeEncoder) error {
+			ae.String(unix.IFLA_INFO_KIND, kind)
+			return nil
+		})
+	})
+}
+
 // DeleteLink removes a link, and its other end with it.
 func DeleteLink(t testing.TB, r Rtnetlink, index int) {
 	t.Helper()
