@@ -116,6 +116,10 @@ func TestForkBomb(t *testing.T) {
 					if _, err := c.Freeze(within(t)); err != nil {
 						t.Fatal(err)
 					}
+					// At once: so many take a while to stop.
+					if is, err := c.Frozen(); !is || err != nil {
+						t.Errorf("frozen %t, error %v", is, err)
+					}
 				}
 				began := time.Now()
 				killed, err := c.Kill(within(t))

@@ -362,6 +362,7 @@ func (n *Node) rescan(ctx context.Context, w *watched) error {
 		}
 	}
 	n.clocks.note()
+	w.full = false
 	if err := n.walk(ctx, time.Time{}, w.add); err != nil {
 		n.setLive(false)
 		return err
@@ -412,7 +413,8 @@ type watched struct {
 	w    *fsnotify.Watcher
 	node *Node
 	dirs map[string]bool
-	full bool // not all could be watched; said once
+	full bool // not all could be watched
+	said bool
 }
 
 func (w *watched) add(dir string) {
@@ -429,8 +431,12 @@ func (w *watched) add(dir string) {
 	case err == nil:
 		w.dirs[dir] = true
 	case gone(err):
-	case !w.full:
+	default:
 		w.full = true
+		if w.said {
+			return
+		}
+		w.said = true
 		w.node.log.Warn("not all cgroups can be watched, so containers are searched for at each alert; raise fs.inotify.max_user_watches",
 			"watched", len(w.dirs), "error", err)
 	}

@@ -302,18 +302,26 @@ func TestIndexSurvivesAnOverflow(t *testing.T) {
 	nodetest.Wait(t, "the index to be live again", n.Live)
 }
 
+// bound is a folder where another one is mounted a second time. It is no
+// t.TempDir: nothing must ever try to remove what is in there.
+func bound(t *testing.T, from string) string {
+	t.Helper()
+	at, err := os.MkdirTemp("", "stooptest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(at) })
+	if err := unix.Mount(from, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		nodetest.Missing(t, "mounts: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(at, unix.MNT_DETACH) })
+	return at
+}
+
 // The hierarchies and /proc may be mounted anywhere.
 func TestElsewhere(t *testing.T) {
 	nodetest.Root(t)
-	proc, cgroup := t.TempDir(), t.TempDir()
-	if err := unix.Mount("/proc", proc, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		nodetest.Missing(t, "mounts: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(proc, unix.MNT_DETACH) })
-	if err := unix.Mount("/sys/fs/cgroup", cgroup, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		nodetest.Missing(t, "mounts: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(cgroup, unix.MNT_DETACH) })
+	proc, cgroup := bound(t, "/proc"), bound(t, "/sys/fs/cgroup")
 	dir := nodetest.CgroupV2(t)
 	_, count := nodetest.Counter(t, dir)
 	n := node.New(node.Config{Proc: proc, Cgroup: cgroup + "/"})

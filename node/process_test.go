@@ -34,7 +34,12 @@ func start(t testing.TB, args ...string) (pid int, began int64) {
 // startOf is a process's start by the clock on the wall, to the tick.
 func startOf(t testing.TB, pid int) int64 {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return startIn(t, "/proc", pid)
+}
+
+func startIn(t testing.TB, proc string, pid int) int64 {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("%s/%d/stat", proc, pid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,8 +212,16 @@ func TestNumberUsedAgain(t *testing.T) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		t.Fatal(err)
 	}
+	// The host's /proc, where numbers mean others than those that can be signalled.
+	foreign := bound(t, "/proc")
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		t.Skip(err)
+	}
+	if p, err := node.New(node.Config{Proc: foreign}).Process(1, startIn(t, foreign, 1), ""); err == nil || !strings.Contains(err.Error(), "hostPID: true") {
+		t.Errorf("the host's process 1 is taken for the namespace's: %+v, %v", p, err)
+	}
+	if missing := node.New(node.Config{Proc: foreign}).Missing(node.NeedHostPID); len(missing) != 1 {
+		t.Errorf("missing with the host's /proc: %q", missing)
 	}
 	n := node.New(node.Config{})
 	first := exec.Command("sleep", "100")
