@@ -111,10 +111,7 @@ func toCapture(r *Request, most int) (found []child.Suspect, beyond int, err err
 		}
 		err = errors.Join(err, perr)
 	}
-	if len(found) > 0 {
-		return found, beyond, nil
-	}
-	return nil, 0, err
+	return found, beyond, err
 }
 
 func (c *procCapturer) Act(ctx context.Context, r *Request) (Result, error) {
@@ -160,6 +157,9 @@ func (c *procCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 			err = fmt.Errorf("no process of it is left: %w", ErrGone)
 		}
 		return Result{}, err
+	}
+	if err != nil {
+		kept.Note("not every process could be found: %v", err)
 	}
 	if beyond > 0 {
 		kept.Note("%d more processes were not captured: at most %d are", beyond, params.Processes)
