@@ -66,11 +66,13 @@ func (n *Node) networks(ctx context.Context, name string, members func() ([]int,
 	// One pass without holding on to anything: nearly always all are in the same.
 	byLink := map[string][]int{}
 	var links []string
+	var denied error
 	for _, pid := range pids {
 		link, err := os.Readlink(n.netPath(pid))
 		switch {
 		case errors.Is(err, os.ErrPermission):
-			return nil, 0, fmt.Errorf("network of process %d: %w (CAP_SYS_PTRACE is needed)", pid, err)
+			denied = fmt.Errorf("network of process %d: %w (CAP_SYS_PTRACE is needed)", pid, err)
+			continue
 		case err != nil || link == "":
 			continue // ended meanwhile
 		case slices.Contains(reserved, link):
@@ -83,6 +85,9 @@ func (n *Node) networks(ctx context.Context, name string, members func() ([]int,
 		byLink[link] = append(byLink[link], pid)
 	}
 	if len(links) == 0 {
+		if denied != nil {
+			return nil, inHost, denied
+		}
 		if inHost > 0 {
 			return nil, inHost, fmt.Errorf("container %s: %w", name, ErrHostNetwork)
 		}

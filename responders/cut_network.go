@@ -117,6 +117,18 @@ type networkCut struct {
 	Cut       *node.Cut `json:"cut"`
 }
 
+// Check refuses a container in the host's network.
+func (c *networkCutter) Check(ctx context.Context, r *Request) error {
+	nets, _, err := c.node.Networks(ctx, r.Container)
+	for _, w := range nets {
+		w.Close()
+	}
+	if errors.Is(err, node.ErrHostNetwork) {
+		return networkError(err)
+	}
+	return nil // the rest is for Act to find out
+}
+
 func (c *networkCutter) Act(ctx context.Context, r *Request) (Result, error) {
 	var params cutNetworkParams
 	if err := r.Decode(&params); err != nil {

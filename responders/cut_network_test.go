@@ -162,6 +162,9 @@ func TestCutNetworkRefusesTheHosts(t *testing.T) {
 	if _, err := act.Act(soonest(t), c.request(t, "cut-network", `{}`, connectionAlert(""))); !as[*refusal](err) {
 		t.Errorf("cut of the host's network: %v", err)
 	}
+	if err := act.(Checker).Check(soonest(t), c.request(t, "cut-network", `{}`, connectionAlert(""))); !as[*refusal](err) {
+		t.Errorf("check of the host's network: %v", err)
+	}
 	// Nothing but loopback.
 	c = newNetworkedContainer(t, nodetest.Netns(t))
 	if _, err := act.Act(soonest(t), c.request(t, "cut-network", `{}`, connectionAlert(""))); !errors.Is(err, ErrGone) {
