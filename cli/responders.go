@@ -12,6 +12,9 @@ import (
 	"stoop/responders"
 )
 
+// defaultMost is how long a default may be to have its place in the column.
+const defaultMost = 20
+
 func (p *program) respondersCommand() *cobra.Command {
 	var output, config string
 	cmd := &cobra.Command{
@@ -65,7 +68,11 @@ func (p *program) respondersCommand() *cobra.Command {
 				if len(f.OneOf) > 0 {
 					typ = strings.Join(f.OneOf, "|")
 				}
-				t.add("  "+f.Name, typ, def, f.Doc)
+				doc := f.Doc
+				if len(def) > defaultMost {
+					doc, def = doc+" Default: "+def+".", "(below)"
+				}
+				t.add("  "+f.Name, typ, def, doc)
 			}
 			t.print(p.stdout, w)
 			for _, r := range e.RBAC {

@@ -172,6 +172,17 @@ func conformanceCases() []conformance.Case {
 				}
 			},
 		},
+		{Responder: "cut-network", Suspect: as(responders.OnNetwork)},
+		{Responder: "block-address", Suspect: as(responders.OnNetwork)},
+		{Responder: "quarantine-file", Suspect: as(responders.WithFile)},
+		{Responder: "lock-user", Suspect: as(responders.AUser)},
+		{
+			Responder: "capture-proc",
+			Suspect: func(t testing.TB) *conformance.Suspect {
+				s, _, _ := suspect(t)
+				return s
+			},
+		},
 		{Responder: "kill-container", Suspect: killable},
 		{Responder: "kill-process", Suspect: killable},
 		{
@@ -216,6 +227,10 @@ func conformanceCases() []conformance.Case {
 			},
 		},
 	}
+}
+
+func as(make func(testing.TB) *responders.TestSuspect) func(testing.TB) *conformance.Suspect {
+	return func(t testing.TB) *conformance.Suspect { return (*conformance.Suspect)(make(t)) }
 }
 
 // suspect is a container with a process that counts.

@@ -81,10 +81,15 @@ type Suspect struct {
 	PID       int            // 0: the alert names none
 	Start     int64          // of the process, as Falco writes it
 	Fields    map[string]any // further ones of the alert
-	Remove    func()         // ends it, so that nothing of it is left
-	Effects   func() int     // 0 as long as nothing was done to it
-	Done      func()         // fails the test unless the step was done
-	Undone    func()         // fails the test unless it is as before; for what can be undone
+	// New is in place of the case's.
+	New func(responders.Env) responders.Responder
+	// Remove ends it, so that nothing of it is left; nil: it can't go.
+	Remove func()
+	// Effects is 0 as long as nothing was done to it; nil: the cases in the
+	// evidence store are counted.
+	Effects func() int
+	Done    func() // fails the test unless the step was done
+	Undone  func() // fails the test unless it is as before; for what can be undone
 }
 
 const node = "conformance-node"
@@ -178,12 +183,14 @@ func Run(t *testing.T, c Case) {
 		r.nothingDone()
 	})
 	if harm {
-		part("protected", func(t *testing.T, r *rig) {
-			r.guards.Namespaces = []string{r.namespace}
-			r.start()
-			r.want(r.step(), broker.Suppressed)
-			r.nothingDone()
-		})
+		if entry.Object != responders.HostObject { // the host is in no namespace
+			part("protected", func(t *testing.T, r *rig) {
+				r.guards.Namespaces = []string{r.namespace}
+				r.start()
+				r.want(r.step(), broker.Suppressed)
+				r.nothingDone()
+			})
+		}
 		part("paused", func(t *testing.T, r *rig) {
 			h := r.start()
 			if _, err := h.SetPause(t.Context(), true, "test"); err != nil {
@@ -194,7 +201,7 @@ func Run(t *testing.T, c Case) {
 			r.nothingDone()
 		})
 	}
-	if c.Suspect != nil {
+	if c.Suspect != nil && entry.Object != responders.HostObject {
 		part("suspect gone", func(t *testing.T, r *rig) {
 			r.start()
 			s := r.step()
@@ -207,9 +214,7 @@ func Run(t *testing.T, c Case) {
 			r.suspect.Remove()
 			next := c.Suspect(t)
 			r.want(s, broker.Nothing)
-			if n := next.Effects(); n != 0 {
-				t.Errorf("another one was acted on in its place, %d times", n)
-			}
+			r.spared(next)
 		})
 	}
 	if pod {
@@ -312,6 +317,9 @@ func Run(t *testing.T, c Case) {
 				c.Undone(t, r.world, r.pod)
 			})
 		}
+		if entry.Object == responders.HostObject {
+			return
+		}
 		if c.Suspect != nil {
 			part("undo of a suspect that is gone", func(t *testing.T, r *rig) {
 				h := r.start()
@@ -322,9 +330,7 @@ func Run(t *testing.T, c Case) {
 				if o, err := h.Undo(t.Context(), s.ID, "test"); err != nil || o.Status == broker.Failed {
 					t.Errorf("undo: status %s (%s), error %v", o.Status, o.Reason, err)
 				}
-				if n := next.Effects(); n != 0 {
-					t.Errorf("another one was acted on in its place, %d times", n)
-				}
+				r.spared(next)
 			})
 			return
 		}
@@ -362,6 +368,7 @@ type rig struct {
 	broker    *broker.Broker
 	responder responders.Responder
 	local     *nodes.Node
+	evidence  string
 
 	mu       sync.Mutex
 	outcomes []broker.Outcome
@@ -390,6 +397,12 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 	if c.Suspect != nil {
 		r.suspect = c.Suspect(t)
 		r.counted = r.suspect.Effects
+		if r.counted == nil {
+			r.counted = r.cases
+		}
+		if r.suspect.New != nil {
+			r.entry.New = r.suspect.New
+		}
 	}
 	r.pod = r.newPod("web-0")
 	return r
@@ -414,13 +427,14 @@ func (r *rig) start() *responders.Host {
 		r.pods.Run(watching)
 	}()
 	r.broker = brokertest.New(t)
-	evidence, err := evidence.Open(evidence.Config{Dir: filepath.Join(t.TempDir(), "evidence"), Size: 64 << 20, PerTarget: 3, Log: log})
+	r.evidence = filepath.Join(t.TempDir(), "evidence")
+	store, err := evidence.Open(evidence.Config{Dir: r.evidence, Size: 64 << 20, PerTarget: 3, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.local = nodes.New(nodes.Config{Log: log})
 	env := responders.Env{
-		Local: r.local, Evidence: evidence,
+		Local: r.local, Evidence: store,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
 		Node: node, Cluster: "test", Data: t.TempDir(), Log: log,
 	}
@@ -447,6 +461,7 @@ func (r *rig) start() *responders.Host {
 			t.Errorf("the host: %v", err)
 		}
 		_ = sub.Unsubscribe()
+		store.Close()
 	})
 	until(t, "the node's pods are known", func() bool { return r.pods.Synced() })
 	return h
@@ -486,6 +501,9 @@ func (r *rig) step() *broker.Step {
 	now := time.Now().UTC()
 	fields := map[string]any{"container.id": id[:12], "k8s.ns.name": r.pod.Namespace, "k8s.pod.name": r.pod.Name}
 	if r.suspect != nil {
+		if r.suspect.Container == "" {
+			fields = map[string]any{"container.id": "host"}
+		}
 		maps.Copy(fields, r.suspect.Fields)
 		if r.suspect.PID != 0 {
 			fields["proc.pid"], fields["proc.pid.ts"] = r.suspect.PID, r.suspect.Start
@@ -590,6 +608,30 @@ func (r *rig) act(ctx context.Context, s *broker.Step, resumed bool) (responders
 	return r.responder.Act(ctx, req)
 }
 
+// cases are those of the evidence store.
+func (r *rig) cases() int {
+	if r.evidence == "" {
+		return 0
+	}
+	found, err := filepath.Glob(filepath.Join(r.evidence, "*", "manifest.json"))
+	if err != nil {
+		r.t.Error(err)
+	}
+	return len(found)
+}
+
+// spared fails the test if a suspect was acted on.
+func (r *rig) spared(s *Suspect) {
+	r.t.Helper()
+	effects := s.Effects
+	if effects == nil {
+		effects = r.cases
+	}
+	if n := effects(); n != 0 {
+		r.t.Errorf("another one was acted on in its place, %d times", n)
+	}
+}
+
 // effects is how often the responder acted.
 func (r *rig) effects() int {
 	if r.counted != nil {
@@ -606,7 +648,7 @@ func (r *rig) done() {
 	if r.c.Done != nil {
 		r.c.Done(r.t, r.world, r.pod)
 	}
-	if r.suspect != nil {
+	if r.suspect != nil && r.suspect.Done != nil {
 		r.suspect.Done()
 	}
 }
