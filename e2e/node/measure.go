@@ -46,19 +46,18 @@ func (m *measuring) all() {
 	m.took = map[string][]time.Duration{}
 	m.watchGone()
 	if !m.Bare {
-		one := m.suspects("one", 1)[0]
-		m.settle()
+		one := m.suspect()
 		m.freeze(one)
 		m.outlive(one)
 		m.cut(one)
 		m.killProcess(one)
 		one.remove()
-		m.killContainer(m.suspects("killed", m.Repeat))
-		m.chain(m.suspects("chain", m.Repeat))
+		m.killContainer()
+		m.chain()
 		m.stoop.Stop()
 	}
-	m.api(0, m.suspects("forced", bare))
-	m.api(1, m.suspects("graceful", bare))
+	m.api(0)
+	m.api(1)
 }
 
 // watchGone notes when pods go.
@@ -94,10 +93,15 @@ func (m *measuring) goneAt(pod *corev1.Pod) (when time.Time) {
 	return when
 }
 
-// settle leaves the machine alone for a little: the kubelet and containerd are
-// busy for a while after a container's start or end, and each figure is to be of
-// one thing.
-func (m *measuring) settle() { time.Sleep(1500 * time.Millisecond) }
+// suspect makes a pod and leaves the machine alone for a little: the kubelet and
+// containerd are busy for a while after a container's start or end, and each
+// figure is to be of one thing.
+func (m *measuring) suspect() *suspect {
+	m.Helper()
+	s := m.newSuspect()
+	time.Sleep(1500 * time.Millisecond)
+	return s
+}
 
 // send writes an alert about the suspect, and returns its id and from when its
 // time counts.
@@ -231,10 +235,10 @@ func (m *measuring) killProcess(s *suspect) {
 	m.add(row{"the suspect's process dead", "`kill-process`", times, fast})
 }
 
-func (m *measuring) killContainer(suspects []*suspect) {
+func (m *measuring) killContainer() {
 	var stopped, gone []time.Duration
-	for _, s := range suspects {
-		m.settle() // the one before is being started again
+	for range m.Repeat {
+		s := m.suspect()
 		s.shell.waitAlive(m, "the shell", 20)
 		pids := containerPids(m, s.id)
 		exit, end := watchExiting(slices.Clone(pids)...), watchDead(m, pids...)
@@ -242,23 +246,20 @@ func (m *measuring) killContainer(suspects []*suspect) {
 		stopped = append(stopped, at(m, "the container's end", exit).Sub(began))
 		gone = append(gone, at(m, "the container's end", end).Sub(began))
 		m.done(id, "kill-container")
-		if left := containerPids(m, s.id); len(left) > 0 {
+		if left := slices.DeleteFunc(containerPids(m, s.id), exiting); len(left) > 0 {
 			m.Fatalf("after kill-container, processes %v of the container are left", left)
 		}
-		s.shell.hangUp()
-	}
-	for _, s := range suspects {
-		m.cluster.Remove(m, s.pod)
+		s.remove()
 	}
 	m.add(row{"every process of the container killed: none runs any more", "`kill-container`", stopped, fast})
 	m.add(row{"the last of them gone, with the container's mounts", "`kill-container`", gone, nil})
 }
 
-func (m *measuring) chain(suspects []*suspect) {
+func (m *measuring) chain() {
 	var froze, kept, cut, dead, gone []time.Duration
 	var files int
-	for _, s := range suspects {
-		m.settle()
+	for range m.Repeat {
+		s := m.suspect()
 		pings := ping(m, s.pod.Status.PodIP)
 		pings.waitAlive(m, "the pod's network", 20)
 		s.shell.waitAlive(m, "the shell", 20)
@@ -333,10 +334,10 @@ func (m *measuring) readEvidence(s *suspect, o broker.Outcome) (files int) {
 }
 
 // api is what deleting the pod comes to when nothing acts on the node.
-func (m *measuring) api(grace int64, suspects []*suspect) {
+func (m *measuring) api(grace int64) {
 	var gone, dead, silent []time.Duration
-	for _, s := range suspects {
-		m.settle()
+	for range bare {
+		s := m.suspect()
 		s.shell.waitAlive(m, "the shell", 20)
 		end := watchDead(m, s.pid)
 		began := time.Now()

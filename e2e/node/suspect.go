@@ -46,42 +46,38 @@ type suspect struct {
 	pid    int // the shell's
 }
 
-// suspects makes n pods and waits until each has called.
-func (r *rig) suspects(prefix string, n int) []*suspect {
+// newSuspect makes a pod and waits until it has called.
+func (r *rig) newSuspect() *suspect {
 	r.Helper()
-	out := make([]*suspect, n)
-	for i := range out {
-		s := &suspect{rig: r, listen: listen(r)}
-		grace := int64(30)
-		no := false
-		pod := &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Name: kube.Name(prefix), Namespace: namespace},
-			Spec: corev1.PodSpec{
-				NodeName: nodeName, TerminationGracePeriodSeconds: &grace,
-				AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
-				Containers: []corev1.Container{{
-					Name: "main", Image: image, ImagePullPolicy: corev1.PullNever, Command: []string{"/bin/sh", "-c", script},
-					Env: []corev1.EnvVar{{Name: "ATTACKER", Value: attackerIP}, {Name: "PORT", Value: strconv.Itoa(s.listen.port)}},
-				}},
-			},
-		}
-		var err error
-		if s.pod, err = r.cluster.Client.CoreV1().Pods(namespace).Create(r.Context(), pod, metav1.CreateOptions{}); err != nil {
-			r.Fatalf("make a pod: %v", err)
-		}
-		out[i] = s
+	s := &suspect{rig: r, listen: listen(r)}
+	grace, no := int64(30), false
+	var err error
+	s.pod, err = r.cluster.Client.CoreV1().Pods(namespace).Create(r.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: kube.Name("suspect"), Namespace: namespace},
+		Spec: corev1.PodSpec{
+			NodeName: nodeName, TerminationGracePeriodSeconds: &grace,
+			// What was killed stays so, and is not started again amid the next
+			// measurement.
+			RestartPolicy:                corev1.RestartPolicyNever,
+			AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
+			Containers: []corev1.Container{{
+				Name: "main", Image: image, ImagePullPolicy: corev1.PullNever, Command: []string{"/bin/sh", "-c", script},
+				Env: []corev1.EnvVar{{Name: "ATTACKER", Value: attackerIP}, {Name: "PORT", Value: strconv.Itoa(s.listen.port)}},
+			}},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		r.Fatalf("make a pod: %v", err)
 	}
-	for _, s := range out {
-		harness.Eventually(r, 90*time.Second, 50*time.Millisecond, func() (bool, string) {
-			if pod := r.cluster.Get(r, namespace, s.pod.Name); pod != nil {
-				s.pod = pod
-			}
-			return s.running(), fmt.Sprintf("the pod %s to run; it says %+v", s.pod.Name, s.pod.Status.ContainerStatuses)
-		})
-		s.id = kube.ContainerID(s.pod)
-		s.answerCall()
-	}
-	return out
+	harness.Eventually(r, 90*time.Second, 50*time.Millisecond, func() (bool, string) {
+		if pod := r.cluster.Get(r, namespace, s.pod.Name); pod != nil {
+			s.pod = pod
+		}
+		return s.running(), fmt.Sprintf("the pod %s to run; it says %+v", s.pod.Name, s.pod.Status.ContainerStatuses)
+	})
+	s.id = kube.ContainerID(s.pod)
+	s.answerCall()
+	return s
 }
 
 func (s *suspect) running() bool {
