@@ -29,7 +29,17 @@ func suspect(args []string) int {
 		if err != nil {
 			return 1
 		}
+		// Its first word: it has its limits, and waits.
+		if _, _, err := r.frames.next(); err != nil {
+			return 1
+		}
 		fmt.Println(r.cmd.Process.Pid)
+	case "fuse":
+		if err := beFUSE(args[1], args[2]); err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		return 0
 	}
 	time.Sleep(time.Minute)
 	return 0

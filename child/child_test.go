@@ -51,7 +51,8 @@ func hang(_ json.RawMessage, p *parent) error {
 	if err := p.say(frameData, []byte("half of it")); err != nil {
 		return err
 	}
-	select {}
+	time.Sleep(time.Hour)
+	return nil
 }
 
 func crash(json.RawMessage, *parent) error { panic("the child crashes") }

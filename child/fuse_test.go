@@ -1,13 +1,18 @@
 package child
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -19,33 +24,62 @@ import (
 // again who reads it: what a suspect with CAP_SYS_ADMIN in a namespace of its own
 // can make. Whoever reads it then waits, and not even SIGKILL ends that, until
 // release is called.
+//
+// Another process serves it: one that starts a program from a file system of its
+// own may wait for itself.
 func hangingFile(t testing.TB, of string) (path string, hang, release func()) {
 	t.Helper()
-	content, err := os.ReadFile(of)
+	nodetest.Root(t)
+	dir := t.TempDir()
+	cmd := exec.Command("/proc/self/exe", "suspect", "fuse", dir, of)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodetest.Root(t)
-	dir := t.TempDir()
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		nodetest.Missing(t, "FUSE: %v", err)
+	if said := run(t, cmd); said != "ready" {
+		nodetest.Missing(t, "FUSE: %s", said)
 	}
-	if err := unix.Mount("stoop-test", dir, "fuse", unix.MS_NOSUID|unix.MS_NODEV, "fd="+strconv.Itoa(fd)+",rootmode=40000,user_id=0,group_id=0,allow_other"); err != nil {
-		_ = unix.Close(fd)
-		nodetest.Missing(t, "FUSE: %v", err)
-	}
-	var server sync.WaitGroup
-	var hangs atomic.Bool
-	server.Go(func() { serveFUSE(fd, content, &hangs) })
 	release = sync.OnceFunc(func() {
-		_ = unix.Unmount(dir, unix.MNT_FORCE) // whoever waits is let go, the server's read too
-		_ = unix.Unmount(dir, unix.MNT_DETACH)
-		server.Wait()
-		_ = unix.Close(fd)
+		_ = in.Close()
+		_ = cmd.Wait()
 	})
 	t.Cleanup(release)
-	return filepath.Join(dir, "file"), func() { hangs.Store(true) }, release
+	hang = func() {
+		if _, err := io.WriteString(in, "hang\n"); err != nil {
+			t.Fatal(err)
+		}
+		nodetest.Wait(t, "the file system to hang", func() bool { _, err := os.Stat(dir + ".hangs"); return err == nil })
+	}
+	return filepath.Join(dir, "file"), hang, release
+}
+
+// beFUSE serves until its standard input ends.
+func beFUSE(dir, of string) error {
+	content, err := os.ReadFile(of)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount("stoop-test", dir, "fuse", unix.MS_NOSUID|unix.MS_NODEV, "fd="+strconv.Itoa(fd)+",rootmode=40000,user_id=0,group_id=0,allow_other"); err != nil {
+		return err
+	}
+	// Whoever waits is let go when this process ends, and with it the descriptor.
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	var hangs atomic.Bool
+	go serveFUSE(fd, content, &hangs)
+	fmt.Println("ready")
+	in := bufio.NewScanner(os.Stdin)
+	for in.Scan() {
+		hangs.Store(true)
+		if err := os.WriteFile(dir+".hangs", nil, 0o600); err != nil {
+			return err
+		}
+	}
+	return unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH)
 }
 
 func serveFUSE(fd int, content []byte, hangs *atomic.Bool) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -45,7 +46,7 @@ func hangingChild() {
 			os.Exit(1)
 		}
 	}
-	select {}
+	time.Sleep(time.Hour)
 }
 
 // beContainer gives this process, which has mounts of its own, a root as a

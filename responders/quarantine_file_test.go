@@ -3,6 +3,8 @@ package responders
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -502,6 +504,35 @@ func TestQuarantineFileIsNotFooledMeanwhile(t *testing.T) {
 		}
 	}
 }
+
+// Somebody makes a file at the place while it is put back.
+func TestQuarantineFilePutsBackOverNothing(t *testing.T) {
+	c := startContainer(t)
+	path := filepath.Join(c.inside, "tmp/file")
+	at, err := place(c.Container, "/tmp/file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := readerFunc(func(b []byte) (int, error) {
+		if exists(path) {
+			return 0, io.EOF
+		}
+		return copy(b, "evil"), os.WriteFile(path, []byte("new"), 0o600)
+	})
+	sum := sha256.Sum256([]byte("evil"))
+	_, err = child.New().PutBack(t.Context(), at, child.File{Path: "/tmp/file", Size: 4, Mode: 0o600}, hex.EncodeToString(sum[:]), late)
+	var no *child.Refusal
+	if b, rerr := os.ReadFile(path); !errors.As(err, &no) || rerr != nil || string(b) != "new" {
+		t.Errorf("%v, and there is %q, %v", err, b, rerr)
+	}
+	if left, _ := filepath.Glob(filepath.Join(c.inside, "tmp/.stoop-*")); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 // What can't be kept stays where it is.
 func TestQuarantineFileKeepsFirst(t *testing.T) {
