@@ -228,6 +228,17 @@ func TestAManifestLeadsNowhere(t *testing.T) {
 		r.Close()
 		t.Error("a file outside was read")
 	}
+	// Not into another case either.
+	other := begin(t, s, about("s2"))
+	add(t, other, "y", "another's")
+	finish(t, other)
+	if err := os.WriteFile(file, bytes.ReplaceAll(b, []byte(`"name": "x"`), []byte(`"name": "../s2/y"`)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r, _, err := s.Read("s1", "../s2/y"); err == nil {
+		r.Close()
+		t.Error("another case's file was read")
+	}
 	// A symbolic link in the place of a piece.
 	if err := os.WriteFile(file, b, 0o600); err != nil {
 		t.Fatal(err)
