@@ -212,7 +212,7 @@ func captured(kept *evidence.Case, got child.Captured, beyond int, err error) Re
 		}
 	}
 	res.Found["processes"] = strconv.Itoa(got.Processes)
-	res.Reason = fmt.Sprintf("%d processes captured: %d files, %d bytes", got.Processes, len(m.Pieces), size)
+	res.Reason = fmt.Sprintf("processes captured: %d, in %d files of %d bytes in all", got.Processes, len(m.Pieces), size)
 	if beyond > 0 {
 		res.Reason += fmt.Sprintf("; %d more processes were not", beyond)
 	}
