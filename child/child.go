@@ -34,6 +34,9 @@ type Launcher struct {
 	Args []string
 	// Memory is how much a child may allocate, in bytes.
 	Memory uint64
+	// Started is told of each child, so that what it raises as alerts is known to
+	// be stoop's own; it returns what is called when the child has ended.
+	Started func(pid int) (ended func())
 
 	slots chan struct{}
 	left  atomic.Int64 // children that were left behind
@@ -158,12 +161,18 @@ func (l *Launcher) launch(ctx context.Context, name string, release func()) (*ru
 		// ends, so that the thread stays here for as long as the child lives.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		err := r.cmd.Start()
-		started <- err
-		if err != nil {
+		if err := r.cmd.Start(); err != nil {
+			started <- err
 			return
 		}
-		r.ended <- r.cmd.Wait()
+		ended := func() {}
+		if l.Started != nil {
+			ended = l.Started(r.cmd.Process.Pid)
+		}
+		started <- nil // now it may be told what to do
+		err := r.cmd.Wait()
+		ended()
+		r.ended <- err
 		release()
 		if r.gone.Swap(true) {
 			l.left.Add(-1)

@@ -190,9 +190,9 @@ type Evidence struct {
 	PerTarget int        `param:"perTarget" doc:"How many cases of one container or process are kept: the first ones." min:"1" max:"1000"`
 }
 
-// Host is where the kernel of this node is seen.
+// Host is where the kernel of this node is seen. Its processes are in /proc, or
+// stoop can't name them to the kernel either.
 type Host struct {
-	Proc   string `param:"proc" doc:"Where the node's procfs is mounted."`
 	Cgroup string `param:"cgroup" doc:"Where the node's cgroup hierarchies are mounted."`
 }
 
@@ -234,7 +234,7 @@ func defaults() Config {
 			LocalLimits: Limits{Rate{20, minute}, Rate{20, minute}, Rate{40, minute}},
 		},
 		Evidence: Evidence{Size: 1 << 30, PerTarget: 3},
-		Host:     Host{Proc: "/proc", Cgroup: "/sys/fs/cgroup"},
+		Host:     Host{Cgroup: "/sys/fs/cgroup"},
 		Log:      Log{Level: "info", Format: "auto"},
 	}
 }

@@ -42,7 +42,7 @@ func (p *program) respondersCommand() *cobra.Command {
 		if err != nil {
 			return wrong(err)
 		}
-		here := node.New(node.Config{Proc: c.Host.Proc, Cgroup: c.Host.Cgroup})
+		here := node.New(node.Config{Cgroup: c.Host.Cgroup})
 		if output == "json" {
 			return p.respondersJSON(entries, here)
 		}

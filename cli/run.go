@@ -170,8 +170,9 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if err != nil {
 		return err
 	}
+	defer store.Close()
 	own := &responders.OwnProcesses{}
-	machine := node.New(node.Config{Proc: c.Host.Proc, Cgroup: c.Host.Cgroup, Log: log})
+	machine := node.New(node.Config{Cgroup: c.Host.Cgroup, Log: log})
 
 	r := router.New(log, reg)
 	r.SetRules(set)

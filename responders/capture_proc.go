@@ -44,7 +44,7 @@ evidence may hold secrets of the container's, and only root can read it.`,
 		Object:   SuspectObject,
 		Deadline: 45 * time.Second,
 		New: func(env Env) Responder {
-			return &procCapturer{store: env.Evidence, children: child.New()}
+			return &procCapturer{store: env.Evidence, children: ownChildren(env)}
 		},
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"stoop/alert"
+	"stoop/child"
 )
 
 // OwnProcesses remembers the programs that stoop has started, so that an alert
@@ -34,6 +35,13 @@ type OwnProcesses struct {
 	runs []*ownRun
 	host func() bool // whether this process sees the host's numbers; nil asks the kernel
 	root proc        // "" is /proc
+}
+
+// ownChildren starts stoop's own children, and remembers them.
+func ownChildren(env Env) *child.Launcher {
+	l := child.New()
+	l.Started = func(pid int) func() { return env.Own.Started(pid, "") }
+	return l
 }
 
 // ownRun is one program's time.

@@ -46,7 +46,7 @@ needs CAP_SYS_CHROOT too, and undo CAP_CHOWN and CAP_FOWNER.`,
 		Object:   ContainerObject,
 		Deadline: 30 * time.Second,
 		New: func(env Env) Responder {
-			return &fileQuarantine{local: env.Local, store: env.Evidence, children: child.New()}
+			return &fileQuarantine{local: env.Local, store: env.Evidence, children: ownChildren(env)}
 		},
 	}
 }
