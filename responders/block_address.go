@@ -23,25 +23,24 @@ func blockAddress() Entry {
 	return Entry{
 		Name: "block-address",
 		Doc:  "Drops every packet between the pod, or plain container, that raised the alert and the remote address of the alert's connection.",
-		Notes: `Whoever runs a process in a container chooses what it connects to, and so what the
-alert says. The address is blocked for this pod only, and only while the kernel
-confirms a connection to it that the pod itself opened: TCP that is established or
-asked for, from a port on which nothing listens, or a connected UDP socket. A
-connection that is over when the step comes to it (most are, within seconds) is
-refused, and so is one that came from outside. The remote address is the second
-one in fd.name; Falco's fd.rip and fd.rport mix the two ends up in containers and
-are believed only where fd.name is missing.
+		Notes: `Whoever runs a process in a container chooses what it connects to, and so what the alert
+says. So the address is blocked for this pod only, and only while the kernel confirms a
+connection to it that the pod itself opened: TCP that is established or asked for, from
+a port on which nothing listens, or a connected UDP socket. A connection that is over
+when the step comes to it (most are, within seconds) is refused, and so is one that came
+from outside. The remote address is the second one in fd.name. Where the alert has none,
+fd.sip is taken, or else fd.rip, without a port.
 
-Never blocked: the API server's address, as stoop knows it (KUBERNETES_SERVICE_HOST, the kubeconfig);
-DNS servers, as the node's resolv.conf, the kubelet's configuration
-(clusterDNS) and stoop's own resolv.conf name them; the node's own addresses;
-loopback, link-local (with it the cloud's metadata service), multicast; and what
-protect lists: name there the control plane's own addresses and whatever else the pods depend on. The pod's own resolv.conf counts for nothing: it is the pod's to
-write.
+Never blocked are the API server's address, as stoop knows it (KUBERNETES_SERVICE_HOST,
+the kubeconfig); DNS servers, as the node's resolv.conf, the kubelet's configuration
+(clusterDNS) and stoop's own resolv.conf name them; the node's own addresses; loopback,
+link-local (with it the cloud's metadata service), multicast; and what protect lists.
+Name there the control plane's own addresses and whatever else the pods depend on. The
+pod's own resolv.conf counts for nothing: it is the pod's to write.
 
-It is dropped where cut-network drops packets, and the same is to be said of
-links without an end on the host and of NET_ADMIN. The kernel lifts it when ttl
-is over, with or without stoop.`,
+Packets are dropped where cut-network drops them, and the same is to be said of links
+without an end on the host and of NET_ADMIN. The kernel lifts it when ttl is over, with
+or without stoop.`,
 		Params:   param.Describe(blockAddressDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedPtrace, node.NeedSysAdmin, node.NeedNetAdmin},
 		Kind:     Harm,

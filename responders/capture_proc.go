@@ -20,24 +20,27 @@ func captureProc() Entry {
 	return Entry{
 		Name: "capture-proc",
 		Doc:  "Keeps what the kernel shows of the suspect before it is gone: its memory map, arguments, open files, sockets, and its executable.",
-		Notes: `Of the alert's process and its tree, and of all other processes of the container up to
-processes, the evidence store gets what /proc shows: command line, environment, memory map, status, open
-files, working folder, cgroup and namespaces; once a namespace the sockets and
-mounts; and each executable once, with its SHA-256, also when it is
-deleted from disk. What memory holds is not read. Each case is a folder of the step's id in the data
-folder's evidence, with a manifest; the outcome names both, and the SHA-256 of the
-manifest.
+		Notes: `Of the alert's process and its tree, and of all other processes of the container, up to
+the number in processes, the evidence store gets what /proc shows: command line,
+environment, memory map, status, open files, working folder, cgroup and namespaces; once
+a namespace its sockets and mounts; and each executable once, also when it is deleted
+from disk. What memory holds is not read. Each case is a folder of the step's id below
+evidence in the data folder, with a manifest that holds the SHA-256 of each file. The
+outcome names the folder, the SHA-256 of the manifest and that of the suspect's
+executable.
 
 It works on a frozen container, and is best done there: freeze-container first. A
-suspect can make such reads hang or grow; a child of stoop's does them, which has little memory and is
-killed when timeout is over. What there was by then is kept, and the manifest
-says what is missing. The chain goes on in any case. Of one container, or process
-of the host, the first cases are kept (evidence.perTarget), and
-of all together as much as evidence.size: past that the outcome is nothing, and why.
+suspect can make such reads hang or grow. So a child of stoop's does them, which has
+little memory and is killed when timeout is over. What there was by then is kept, and
+the manifest says what is missing. The chain goes on in any case.
+
+The first cases of one container, or process of the host, are kept (evidence.perTarget),
+and of all together as much as evidence.size: past that the outcome is nothing, and says
+why.
 
 In the environment the values of variables whose names match redact are left out, and
 logins in addresses. Command lines, and what other files show, are kept as they are: the
-evidence may hold secrets of the container's, and only root can read it.`,
+evidence may hold secrets of the container's, and only stoop's user (root) can read it.`,
 		Params:   param.Describe(captureProcDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedPtrace, node.NeedDACReadSearch},
 		Kind:     Evidence,

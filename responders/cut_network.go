@@ -18,31 +18,30 @@ func cutNetwork() Entry {
 	return Entry{
 		Name: "cut-network",
 		Doc:  "Drops every packet in or out of the pod, or plain container, that raised the alert; open connections stop at once.",
-		Notes: `Packets are dropped by nftables chains of stoop's own (table netdev stoop) on the
-host's end of each of the pod's links, where nothing in the pod can lift them,
-whatever its capabilities, and inside its network namespace as well, for network
-plugins that redirect packets before they reach the host's end (Cilium). All
-protocols are meant: also ARP, neighbour discovery, ICMP, and frames from packet
-sockets. Neither API server nor network plugin has a part in it. The containers of
-a pod share one network and are all cut off; their loopback is left alone, and so
-is what they share on disk.
+		Notes: `Packets are dropped by nftables chains of stoop's own (table netdev stoop) on the host's
+end of each of the pod's links, where nothing in the pod can lift them, whatever its
+capabilities, and inside its network namespace as well, for network plugins that
+redirect packets before they reach the host's end (Cilium). All protocols are meant:
+also ARP, neighbour discovery, ICMP, and frames from packet sockets. Neither the API
+server nor the network plugin has a part in it. The containers of a pod share one
+network and are all cut off; their loopback is left alone, and so is what they share on
+disk.
 
-A link without an end on the host (macvlan, ipvlan, host-device, the guest's side
-of some plugins) is cut inside the namespace only: then, and on kernels before
-5.16 for what comes in, found.how says so, and found.removable is true if the
-container holds NET_ADMIN, with which it can lift that. A container with NET_ADMIN
-can also make itself another link on top of one of the host's (a macvlan; not where
-the pod has a user namespace of its own): found.netAdmin is true, and the link is
-covered only when stoop starts the next time. Stop such a container first:
-freeze-container, then cut-network.
+A link without an end on the host (macvlan, ipvlan, host-device, the guest's side of
+some plugins) is cut inside the namespace only, and before Linux 5.16 so is what comes
+in on any link: found.how then says inside, and found.removable is true if the container
+holds NET_ADMIN, with which it can lift that. A container with NET_ADMIN may also make
+itself another link on top of one of the host's (a macvlan; not where the pod has a user
+namespace of its own): found.netAdmin is true, and such a link is cut only when stoop is
+started the next time. Stop such a container first: freeze-container, then cut-network.
 
-allow takes addresses, each with one of its ports (TCP and UDP) if wanted:
-10.0.0.7/32 for an investigator, 10.96.0.10/32:53 for the cluster's DNS, as the pod
-sees the address. There is no memory of connections: what is allowed passes both ways.
+allow takes addresses, each with one of its ports (TCP and UDP) if wanted: 10.0.0.7/32
+for an investigator, 10.96.0.10/32:53 for the cluster's DNS, as the pod sees the
+address. There is no memory of connections: what is allowed passes both ways.
 
-Pods in the host's network are refused. A liveness or readiness probe over the
-network fails from now on: unless the node's own address is allowed, the kubelet may restart the
-container, and the pod stays cut off. With the pod the cut ends.`,
+Pods in the host's network are refused. A liveness or readiness probe over the network
+fails from now on, unless the node's own address is allowed. The kubelet may then start
+the container anew, and the pod stays cut off. The cut ends with the pod.`,
 		Params: param.Describe(cutNetworkParams{}),
 		Needs:  []node.Need{node.NeedHostPID, node.NeedPtrace, node.NeedSysAdmin, node.NeedNetAdmin},
 		Kind:   Harm,

@@ -30,10 +30,11 @@ actions:
   - slack: {channel: "#security"}
 ` + "```" + `
 
-They are done in order, but none waits for people to be told (rules.md says how). A step
-that fails does not stop the ones after it, unless it says onFailure: stop. "Harms" means that every guard is asked before it acts (mode,
-pause, protected namespaces, cooldown, limits); evidence and notifications are never
-held back by these, but in audit mode they are only told of as well.
+They are done in order, but none waits for people to be told
+([rules.md](rules.md#actions) says how). A step that fails does not stop the ones after
+it, unless it says onFailure: stop. "Harms" means that every guard is asked before it
+acts (mode, pause, protected namespaces, cooldown, limits). Evidence and notifications
+are never held back by these, but in audit mode they are only told of as well.
 
 | responder | what it does | | undo |
 | --- | --- | --- | --- |
@@ -61,8 +62,15 @@ node (the request says of which node; RBAC can't):
 			fmt.Fprintf(&b, " When the owner's limit holds it back, [%s](#%[1]s) is done instead.", e.Instead)
 		}
 		b.WriteString("\n")
-		if len(e.Needs) > 0 {
-			fmt.Fprintf(&b, "\nIt acts on the node itself, asks no API server, and counts in guard.localLimits. The\nnode has to grant: %s (containment.md says why).\n", needs(e.Needs))
+		if e.local() && (e.Kind == Harm || len(e.Needs) > 0) {
+			says := "It acts on the node itself and asks no API server."
+			if e.Kind == Harm {
+				says += " It counts in guard.localLimits."
+			}
+			if len(e.Needs) > 0 {
+				says += " The node has to grant: " + needs(e.Needs) + " ([containment.md](containment.md#privileges) says why)."
+			}
+			fmt.Fprintf(&b, "\n%s\n", fill(says))
 		}
 		if len(e.RBAC) > 0 {
 			b.WriteString("\nPermissions:\n\n")
@@ -112,6 +120,26 @@ func needs(all []node.Need) string {
 		out[i] = string(n)
 	}
 	return strings.Join(out, ", ")
+}
+
+// fill breaks a paragraph into lines of at most 88 characters.
+func fill(text string) string {
+	var b strings.Builder
+	n := 0
+	for word := range strings.FieldsSeq(text) {
+		switch {
+		case n == 0:
+		case n+1+len(word) > 88:
+			b.WriteByte('\n')
+			n = 0
+		default:
+			b.WriteByte(' ')
+			n++
+		}
+		b.WriteString(word)
+		n += len(word)
+	}
+	return b.String()
 }
 
 // undoable reports whether steps of a responder can be taken back.

@@ -17,22 +17,23 @@ func freezeContainer() Entry {
 	return Entry{
 		Name: "freeze-container",
 		Doc:  "Stops every process of the container that raised the alert, within milliseconds and without the API server.",
-		Notes: `The kernel's cgroup freezer does it (v2: cgroup.freeze, v1: freezer.state), and the
-step is done when the kernel says that all have stopped: no process of the container
-runs another instruction, and none gets to see that it was stopped. Memory, open
-files and connections stay as they are, for whoever looks into them.
+		Notes: `The kernel's cgroup freezer does it (v2: cgroup.freeze, v1: freezer.state), and the step
+is done when the kernel says that all have stopped: no process of the container runs
+another instruction, and none gets to see that it was stopped. Memory, open files and
+connections stay as they are, for whoever looks into them.
 
-What is frozen stays so until somebody undoes it, for a ttl that lets the
-attacker go on is no containment: with onExpire: keep, the default, the ttl thaws
-nothing. After a restart stoop makes sure that it still holds.
+It stays frozen until somebody undoes it. The end of the ttl thaws it only with
+onExpire: release, since a ttl that lets the attacker go on is no containment. When
+stoop is started again, it makes sure that the container is frozen still.
 
-A liveness probe fails meanwhile, and the kubelet may then end the container and
-start it anew, unfrozen. Chain what has to come before that. A frozen process
-can't be ended gracefully: a delete of the pod waits out its whole grace period
-(cgroup v2) or for the thaw (v1).
+A liveness probe fails meanwhile, and the kubelet may then end the container and start
+it anew, unfrozen: what has to be done before that belongs in the same chain. A delete
+of the pod waits out its whole grace period, since nothing frozen answers SIGTERM.
 
 Processes that the container started on the host, or that others started in its
-namespaces, are not in its cgroup and run on.`,
+namespaces, are not in its cgroup and run on. Where one of its processes is in a call
+that the kernel does not break off (to a server that hangs), the freeze is not done in
+time, and the others are let go on too: kill-container then gets those.`,
 		Params:   param.Describe(freezeContainerDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedCgroup},
 		Kind:     Harm,

@@ -14,12 +14,13 @@ func killContainer() Entry {
 		Name: "kill-container",
 		Doc:  "Kills every process of the container that raised the alert at once, without the API server.",
 		Notes: `The kernel kills the whole cgroup in one act (v2: cgroup.kill, since Linux 5.14), so
-that a fork bomb does not get away; elsewhere it is frozen, each process gets a
-SIGKILL, and it is thawed, until none is left. The step is done when there is none.
+that a fork bomb does not get away. Elsewhere the container is frozen, each process gets
+a SIGKILL, and it is thawed, until none is left. The step is done when there is none,
+also where the container was frozen before.
 
 The kubelet then starts the container again, from its image and as the pod's
-restartPolicy says: chain delete-pod. Nobody gets to clean up, save what must be
-saved before: capture-proc comes first in a chain.
+restartPolicy says: chain delete-pod. Nobody gets to clean up, and nothing is left to
+look at: capture-proc comes before it in a chain.
 
 Processes that the container started on the host are not in its cgroup and run on.`,
 		Params:   param.Describe(killContainerParams{}),

@@ -21,23 +21,28 @@ func killProcess() Entry {
 	return Entry{
 		Name: "kill-process",
 		Doc:  "Kills the process that raised the alert, with all that it started, or sends them another signal.",
-		Notes: `The process is held by a pidfd before it is proved to be the alert's (by its start,
-proc.pid.ts, to within 20 ms, and by its container's cgroup), so a number that was
-given to another process since hits nobody. Falco has to tell proc.pid and
-proc.pid.ts: docs/falco.md says how. For a process that ran before Falco did, Falco does
-not know the start: it is mostly refused, and freeze-container or kill-container
-are the answer.
+		Notes: `The process is held by a pidfd before it is proved to be the alert's, by its start
+(proc.pid.ts, to within 20 ms) and by its container's cgroup, so a number that was given
+to another process since hits nobody. Falco has to tell proc.pid, and for a process of
+the host proc.pid.ts as well: docs/falco.md says how. In a container a process whose
+start is not told is proved by its cgroup alone. Of a process that ran before Falco did,
+Falco does not know the start: it is mostly left alone, and freeze-container or
+kill-container are the answer.
 
-With tree, its descendants are stopped first, so that none gets away by forking,
-and then killed. One that has cut the tie (its parent ended, as daemons do) is none
-of the tree any more: kill-container gets those of a container.
+With tree, and the signal KILL or STOP, its descendants are stopped as they are found,
+so that none gets away by forking, and then signalled. One that has cut the tie (its
+parent ended, as daemons do) is none of the tree any more: kill-container gets those of
+a container.
 
 Never signalled are process 1 of the host, threads of the kernel, stoop and its
-ancestors, and on the host, not in containers, where a name says nothing, these:
-` + strings.Join(protectedNames(), ", ") + `. Such a name counts only for a process that runs as root,
-from a file and folder that only root can write to, so that a copy of a shell gains
-nothing by it. Names in protect count whoever runs them. What a protected process in the
-tree started is left alone with it.`,
+ancestors, and on the host (not in containers, where a name says nothing) these:
+
+` + fill(strings.Join(protectedNames(), ", ")) + `
+
+Such a name counts only for a process that runs as root, from a file and folder that
+only root can write to, so that a copy of a shell gains nothing by it. Names in protect
+count whoever runs them. What a protected process in the tree started is left alone with
+it.`,
 		Params:   param.Describe(killProcessDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedKill, node.NeedPtrace},
 		Kind:     Harm,

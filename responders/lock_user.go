@@ -27,30 +27,31 @@ func lockUser() Entry {
 	return Entry{
 		Name: "lock-user",
 		Doc:  "Locks the login of the user who raised an alert on the host, and ends his sessions.",
-		Notes: `For alerts of the host itself (container.id: host), and only where stoop runs on the
-host: in a pod it is refused.
+		Notes: `It is for alerts of the host itself (container.id: host), and only where stoop runs on
+the host: in a pod it is refused.
 
 The user is the one of the alert: user.name and user.uid, or with user: login
-user.loginname and user.loginuid, which stay those of who logged in when he went on
-with su or sudo. Name and number have to agree with the one line of /etc/passwd that
-stoop itself reads; a user of a directory (LDAP, SSSD) is refused. Never locked are root, uids
-below 1000 and from 65534 on, the user that stoop runs as, and those named in protect.
+user.loginname and user.loginuid, which stay those of who logged in when he went on with
+su or sudo. Name and number have to agree with the one line of /etc/passwd that stoop
+itself reads; a user of a directory (LDAP, SSSD) is refused. Never locked are root, the
+uids below 1000, 65534 and 65535, the user that stoop runs as, and those named in
+protect.
 
-The login is locked with usermod: the password (--lock) and the account
-(--expiredate 1). The second is what counts: a locked password still lets in who has
-an SSH key. sshd, login, su, sudo and cron ask whether an account has expired; a program that
-asks neither PAM nor /etc/shadow does not.
+The login is locked with usermod: the password (--lock) and the account (--expiredate
+1). The second is what counts, since a locked password still lets in who has an SSH key.
+sshd, login, su, sudo and cron ask whether an account has expired; a program that asks
+neither PAM nor /etc/shadow does not.
 
-Then his sessions are ended: where systemd-logind knows him, loginctl
-terminate-user; and every process on the host that runs under his uid is killed,
-wherever it is. Processes in containers are not his for having the same number, and
-stay. A process that he started as another user (a shell of sudo) ends only with a session that
-logind knows.
+Then his sessions are ended: where systemd-logind knows him, by loginctl terminate-user;
+and every process on the host that runs under his uid is killed, wherever it is.
+Processes in containers are not his for having the same number, and stay. A process that
+he started as another user (a shell of sudo) ends only with a session that logind knows.
 
-What he can do elsewhere goes on: keys for other machines, tokens, a program with
-setuid or a cron job of another user that he left behind. Undo gives back what
-was there before, the password and the date at which the account expires, where they are
-still what stoop made of them. It survives a reboot.`,
+What he can do elsewhere goes on: keys for other machines, tokens, a program with setuid
+or a cron job of another user that he left behind. Undo gives back what was there
+before, the password and the date at which the account expires, where they still are
+what stoop made of them. The lock outlives a restart of the machine. Where stoop's
+capabilities are limited, usermod needs CAP_CHOWN besides those below.`,
 		Params:   param.Describe(lockUserDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedKill, node.NeedPtrace, node.NeedDACOverride},
 		Kind:     Harm,

@@ -24,22 +24,28 @@ func quarantineFile() Entry {
 		Name: "quarantine-file",
 		Doc:  "Takes the file that the alert names out of the container and keeps it as evidence.",
 		Notes: `The file is copied to the evidence store with its owner, mode, times and extended
-attributes; when all of that is on the disk, and the name still means the file that
-was copied, unchanged, the name is removed. Undo puts it back with all of these in the same container, where
-nothing else is at its place by then.
+attributes. When all of that is on the disk, and the name still means the file that was
+copied, unchanged, the name is removed. Undo puts the file back with all of these, into
+the same container, if nothing else is at its place by then.
 
-What an alert names is the attacker's to choose. So the path is resolved by the kernel inside
-the container's root, as its mount namespace has it, and never leaves that root's own mount: a
-volume, which others may share, is refused, and so are /proc, /dev and a single file that is
-mounted. A symbolic link as the last part of the path is refused, and whatever is no regular file; so is an alert whose
-process sees other files than its container (chroot, or mounts of its own). The root has to be an
-overlay, as containerd, CRI-O and Docker make it. For alerts of the host it is refused.
+What an alert names is the attacker's to choose. So the kernel resolves the path inside
+the container's root, as its mount namespace has it, and never leaves that root's own
+mount: a volume, which others may share, is refused, and so are /proc, /dev and a single
+file that is mounted. The root has to be an overlay, as containerd, CRI-O and Docker
+make it. Refused are also whatever is no regular file, a symbolic link as the last part
+of the path, the path of a process that sees other files than its container (by chroot,
+or mounts of its own) if that still runs, and alerts of the host.
 
-A process that runs the file or has it open goes on: chain kill-process or kill-container. Other
-names of the file (hard links) stay, and the outcome says how many. A file of the image may be
-named as well as one that was dropped: use it for rules about dropped files, in a chain
-after freeze-container. The container, when made anew, has the image's files again. It
-needs CAP_SYS_CHROOT too, and undo CAP_CHOWN and CAP_FOWNER.`,
+A process that runs the file or has it open goes on: chain kill-process or
+kill-container. Other names of the file (hard links) stay, and the outcome says how
+many. The alert may name a file of the image as well as one that was dropped, and the
+container, when made anew, has the image's files again: use it for rules about dropped
+files, behind freeze-container.
+
+A file that could not be kept whole stays where it is: one above maxSize, one for which
+evidence.size leaves no room, and the same path in the same container after
+evidence.perTarget times. It needs CAP_SYS_CHROOT too, and its undo CAP_CHOWN and
+CAP_FOWNER, for set-id bits CAP_FSETID, for file capabilities CAP_SETFCAP.`,
 		Params:   param.Describe(quarantineFileDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedPtrace, node.NeedSysAdmin, node.NeedDACReadSearch, node.NeedDACOverride},
 		Kind:     Harm,

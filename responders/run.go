@@ -31,13 +31,12 @@ func run() Entry {
 	return Entry{
 		Name: "run",
 		Doc:  "Runs a program of yours on this machine, with the alert on its standard input.",
-		Notes: `The program is started by its path with just the arguments that the rule lists: no
-shell is in between, and nothing of an alert gets into an argument or the
-environment. It gets the alert on its standard input, as one line of JSON, just as
-Falco wrote it: an object with rule, priority, time, source, hostname, tags, output
-and output_fields, of which older or differently configured Falcos leave some out.
-Attackers write parts of it. A program that is written in shell must not put a value
-of it where the shell reads code.
+		Notes: `The program is started by its path with just the arguments that the rule lists: no shell
+is in between, and nothing of an alert gets into an argument or the environment. It gets
+the alert on its standard input, as one line of JSON, just as Falco wrote it: an object
+with rule, priority, time, source, hostname, tags, output and output_fields, of which
+older or differently configured Falcos leave some out. Attackers write parts of it. A
+program that is written in shell must not put a value of it where the shell reads code.
 
 The environment is PATH (/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin),
 what the parameter environment says, and STOOP_STEP (the step's id), STOOP_ALERT_ID,
@@ -47,25 +46,28 @@ already, and has to bear it. Its working directory is /, its umask 077, and it r
 the user that stoop runs as. A secret belongs in a file that the program reads, not in
 environment.
 
-What it writes to standard output and standard error is kept as evidence, output of each
-at most. It succeeds with exit status 0; any other is a failed step, which says the
-last line of its standard error, and is not tried again. After timeout it and its
-children get SIGTERM, 2 s later SIGKILL. Children do not outlive it: what still runs
-when it ends is killed. Where stoop can make a cgroup of its own for it, that takes in every child;
-elsewhere only those that stayed in its process group (found.contained says cgroup or
-process group).
+What it writes to standard output and standard error is kept as evidence, at most output
+of each. It succeeds with exit status 0; any other is a failed step, which says the last
+line of its standard error, and is not tried again. After timeout it and its children
+get SIGTERM, and 2 s later SIGKILL. Children do not outlive it: what still runs when it
+ends is killed. Where stoop can make a cgroup for it, below its own, that takes in every
+child; elsewhere only those that stayed in its process group (found.contained says
+cgroup or process group).
 
 memory is the limit of each process's private memory, and of all together where stoop
-can use a memory cgroup. Further limits: 1024 open files, files of 1 GiB, no core
-dumps, 256 processes where there is a cgroup for it, and the kernel takes it first
+can use a memory cgroup. Further limits are 1024 open files, files of 1 GiB, no core
+dumps, and 256 processes where there is a cgroup for it, and the kernel takes it first
 when memory is short.
 
-A program that others than root and stoop's own user may change is refused. What the
-program and its children do starts no step, even if Falco raises an alert about it:
-they are known by the process and its parents in the alert (proc.pid, proc.ppid), by
-/proc and by their cgroup. A child of a child that has ended before its alert was
-looked at, and whose alert names no parent, is not known: except the program's own name in
-Falco's rules if it starts many.`,
+A program that everybody may write to is refused, and one of another user than root and
+stoop's own. Its group and the folders above it are yours to look after: whoever can
+change it is stoop's user.
+
+What the program and its children do starts no harmful step, even if Falco raises an
+alert about it: they are known by the process and its parents in the alert (proc.pid,
+proc.ppid, proc.apid[2]), by /proc and by their cgroup. Not known is a child of a child
+that has ended before its alert was looked at, if the alert names no parent of it: where
+the program starts many, except its name in Falco's own rules.`,
 		Params:   param.Describe(runDefaults()),
 		Kind:     Harm,
 		Object:   NoObject,
