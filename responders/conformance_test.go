@@ -273,15 +273,14 @@ func startedAt(t testing.TB, stat []byte) int64 {
 // killable is one that a step ends.
 func killable(t testing.TB) *conformance.Suspect {
 	s, cmd, _ := suspect(t)
-	ended := make(chan struct{})
-	go func() { _ = cmd.Wait(); close(ended) }()
+	fd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
 	has := func(wait time.Duration) bool {
-		select {
-		case <-ended:
-			return true
-		case <-time.After(wait):
-			return false
-		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(wait.Milliseconds()))
+		return n == 1 && err == nil
 	}
 	s.Effects = func() int {
 		if has(100 * time.Millisecond) {
@@ -294,8 +293,6 @@ func killable(t testing.TB) *conformance.Suspect {
 			t.Error("the process runs")
 		}
 	}
-	remove := s.Remove
-	s.Remove = func() { _ = cmd.Process.Kill(); <-ended; remove() }
 	return s
 }
 
