@@ -84,6 +84,16 @@ func refuseOwn(err error) error {
 	return err
 }
 
+// overdue is the error of what the kernel did not do in time: a process is in a
+// call that nothing breaks off. It is not tried again, for the rest of the chain
+// would wait for as long as the suspect likes.
+func overdue(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return errors.New(err.Error())
+	}
+	return err
+}
+
 // frozenContainer is the undo record: all that Undo and Keep believe.
 type frozenContainer struct {
 	Container string `json:"container"`
@@ -119,7 +129,7 @@ func (f *containerFreezer) Act(ctx context.Context, r *Request) (Result, error) 
 	}
 	already, err := c.Freeze(ctx)
 	if err != nil {
-		return Result{}, refuseOwn(err)
+		return Result{}, overdue(refuseOwn(err))
 	}
 	if pids, err := c.Pids(); err == nil {
 		result.Found["processes"] = strconv.Itoa(len(pids))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -62,6 +63,27 @@ func countsOn(t *testing.T, count func() int) {
 func eachCgroup(t *testing.T, f func(t *testing.T, dir string)) {
 	t.Run("v1", func(t *testing.T) { f(t, nodetest.CgroupV1(t)) })
 	t.Run("v2", func(t *testing.T) { f(t, nodetest.CgroupV2(t)) })
+}
+
+// A suspect that can't be frozen must not hold up the rest of its chain.
+func TestFreezeInVainIsNotTriedAgain(t *testing.T) {
+	eachCgroup(t, func(t *testing.T, dir string) {
+		_, count := nodetest.Counter(t, dir)
+		f, r := onNode(t, freezeContainer(), `{}`)
+		r.Container = containerAt(t, dir)
+		late, cancel := context.WithDeadline(context.Background(), time.Now())
+		defer cancel()
+		_, err := f.Act(late, r)
+		if status, retry, _, reason := classify(err); status != broker.Failed || retry || !strings.Contains(reason, "freeze container") {
+			t.Errorf("%s, tried again: %t: %s", status, retry, reason)
+		}
+		countsOn(t, count)
+	})
+	_, retry, _, _ := classify(overdue(fmt.Errorf("kill container: %w", context.DeadlineExceeded)))
+	_, stopped, _, _ := classify(overdue(fmt.Errorf("kill container: %w", context.Canceled)))
+	if retry || !stopped {
+		t.Errorf("tried again: over time %t, when stoop was stopped %t", retry, stopped)
+	}
 }
 
 func TestFreezeContainer(t *testing.T) {

@@ -50,7 +50,7 @@ func (containerKiller) Act(ctx context.Context, r *Request) (Result, error) {
 	c := r.Container
 	killed, err := c.Kill(ctx)
 	if err != nil {
-		return Result{}, refuseOwn(err)
+		return Result{}, overdue(refuseOwn(err))
 	}
 	if killed == 0 {
 		return Result{Nothing: true, Reason: "no process of the container is left", Found: foundContainer(c)}, nil
