@@ -25,12 +25,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Root skips the test unless it runs as root. See [Missing] for what else a
-// machine may lack.
+// Root skips the test unless it runs as root, or fails it where CI is set. See
+// [Missing] for what else a machine may lack.
 func Root(t testing.TB) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: it makes cgroups, namespaces and processes of its own")
+	const why = "needs root: it makes cgroups, namespaces and processes of its own"
+	switch {
+	case os.Geteuid() == 0:
+	case os.Getenv("CI") != "":
+		t.Fatal(why)
+	default:
+		t.Skip(why)
 	}
 }
 
