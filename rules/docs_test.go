@@ -22,6 +22,9 @@ func TestDocumentation(t *testing.T) {
 		if b[1] != "yaml" || !strings.Contains(b[2], "rules:") {
 			continue
 		}
+		if strings.HasPrefix(b[2], "# rules.yaml") {
+			continue // cli holds these against the responders that there are
+		}
 		n++
 		set, err := rules.Parse("rules.yaml", []byte(b[2]), catalog())
 		switch {
