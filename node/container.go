@@ -314,9 +314,13 @@ func bounded(ctx context.Context) (context.Context, context.CancelFunc) {
 // Freeze stops every process and returns when the kernel says that all have
 // stopped. already says that it was frozen before.
 //
-// When ctx is done first, what it began is taken back: a process in an
-// uninterruptible sleep can hold it up for good. A container that is frozen only
-// because a cgroup above it is gets frozen by itself too.
+// [ErrStopping] says that ctx was done first. What it began holds all the same:
+// whoever stopped does not go on, for one process in a call to the kernel that
+// can't be broken off must not free the others. Such a one stops when the call
+// comes back, before it runs another instruction of its own.
+//
+// A container that is frozen only because a cgroup above it is gets frozen by
+// itself too.
 func (c *Container) Freeze(ctx context.Context) (already bool, err error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
@@ -353,13 +357,13 @@ func (d *folder) freeze(ctx context.Context, already bool) error {
 		// made to look again by being asked again.
 		return false, d.ask(true)
 	})
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return fmt.Errorf("freeze container %s: %w: %w", d.of.ID, ErrStopping, err)
+	}
 	if err != nil && !already {
 		if undo := d.ask(false); undo != nil && !gone(undo) {
 			return fmt.Errorf("freeze container %s: %w, and it could not be thawed: %w", d.of.ID, err, undo)
 		}
-	}
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		return fmt.Errorf("freeze container %s: not all of its processes stopped in time: %w", d.of.ID, err)
 	}
 	return err
 }
@@ -469,6 +473,9 @@ func (d *folder) killEach(ctx context.Context) (int, error) {
 		froze := d.freeze(brief, false)
 		cancel()
 		if froze != nil && !errors.Is(froze, context.DeadlineExceeded) {
+			if errors.Is(froze, ErrStopping) {
+				_ = d.ask(false) // it is left thawed, as it says above
+			}
 			return d.ended(len(killed), froze)
 		}
 		err := d.signalAll(unix.SIGKILL, killed)

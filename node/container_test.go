@@ -196,8 +196,8 @@ func TestGone(t *testing.T) {
 	})
 }
 
-// A freeze that can't come to an end leaves nothing behind of its own, and a
-// container that somebody else froze as it was.
+// A freeze that does not come to its end in time holds all the same, and one that
+// somebody else made stays as it was.
 func TestFreezeHasADeadline(t *testing.T) {
 	each(t, func(t *testing.T, makeCgroup func(testing.TB) string) {
 		dir := makeCgroup(t)
@@ -210,10 +210,17 @@ func TestFreezeHasADeadline(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), timeout)
 			_, err := c.Freeze(ctx)
 			cancel()
+			if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+				t.Fatal(err)
+			}
 			if err == nil {
 				break
 			}
-			if !errors.Is(err, context.DeadlineExceeded) {
+			if errors.Is(err, node.ErrStopping) {
+				nodetest.Wait(t, "it to be frozen", func() bool { is, err := c.Frozen(); return is && err == nil })
+				still(t, count)
+			}
+			if _, err := c.Thaw(within(t)); err != nil {
 				t.Fatal(err)
 			}
 			goesOn(t, count)
@@ -225,6 +232,52 @@ func TestFreezeHasADeadline(t *testing.T) {
 		cancel()
 		_, _ = c.Freeze(ctx)
 		still(t, count)
+	})
+}
+
+// One process that the kernel can't stop keeps none of the others from being
+// stopped, and stops itself as soon as it can.
+func TestFreezeOfOneThatIsStuck(t *testing.T) {
+	each(t, func(t *testing.T, makeCgroup func(testing.TB) string) {
+		dir := makeCgroup(t)
+		release := nodetest.Stuck(t, dir)
+		_, count := nodetest.Counter(t, dir)
+		c := find(t, node.New(node.Config{}), dir)
+		for _, before := range []bool{false, true} {
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			already, err := c.Freeze(ctx)
+			cancel()
+			if !errors.Is(err, node.ErrStopping) || already != before {
+				t.Fatalf("already %t, %v", already, err)
+			}
+			still(t, count)
+		}
+		release()
+		nodetest.Wait(t, "all to be frozen", func() bool { is, err := c.Frozen(); return is && err == nil })
+		if _, err := c.Thaw(within(t)); err != nil {
+			t.Fatal(err)
+		}
+		goesOn(t, count)
+	})
+}
+
+// Nor does it let a fork bomb get away, or leave frozen what could not be killed.
+func TestKillOfOneThatIsStuck(t *testing.T) {
+	each(t, func(t *testing.T, makeCgroup func(testing.TB) string) {
+		dir := makeCgroup(t)
+		release := nodetest.Stuck(t, dir)
+		bomb(t, dir, 100)
+		c := find(t, node.New(node.Config{}), dir)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		if _, err := c.Kill(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("killed: %v", err)
+		}
+		if left := nodetest.Pids(dir); len(left) != 1 {
+			t.Errorf("processes %v are left, and one is stuck", left)
+		}
+		release()
+		nodetest.Wait(t, "the last one to end", func() bool { return len(nodetest.Pids(dir)) == 0 })
 	})
 }
 

@@ -272,7 +272,7 @@ func (n *Node) atHand(id string) (*Container, error) {
 		switch {
 		case r > rank:
 			best, rank = c, r
-		case r == rank && best.version == c.version:
+		case r == rank && best != nil && best.version == c.version:
 			return nil, fmt.Errorf("cgroups %s and %s are both of container %s: %w", best.Path, c.Path, c.ID, ErrAmbiguous)
 		}
 	}

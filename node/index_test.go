@@ -119,6 +119,25 @@ func TestFindHybrid(t *testing.T) {
 	}
 }
 
+// A container whose v2 cgroup can't freeze (Linux before 5.2, or it is just going)
+// is found in the other hierarchy.
+func TestFindHybridWithoutFreezer(t *testing.T) {
+	mount, id := t.TempDir(), nodetest.ID()
+	for _, file := range []string{"unified/cgroup.controllers", "unified/docker/" + id + "/cgroup.procs", "freezer/tasks", "freezer/docker/" + id + "/cgroup.procs"} {
+		path := filepath.Join(mount, file)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := node.New(node.Config{Cgroup: mount}).Container(within(t), id[:12], 0)
+	if err != nil || c.Path != filepath.Join(mount, "freezer/docker", id) {
+		t.Errorf("found %+v, %v", c, err)
+	}
+}
+
 // Two containers whose ids begin alike are refused; the whole id tells them apart.
 func TestAmbiguous(t *testing.T) {
 	for _, indexed := range []bool{false, true} {

@@ -42,6 +42,9 @@ var (
 	ErrAmbiguous = errors.New("two containers share this id")
 	// ErrNotSame says that the number now belongs to another process.
 	ErrNotSame = errors.New("another process has this number now")
+	// ErrStopping says that a container was told to freeze, and stays so, but not
+	// all of its processes have stopped yet.
+	ErrStopping = errors.New("not all of its processes have stopped yet")
 	// ErrOwn says that the container is left alone whatever is asked.
 	ErrOwn = errors.New("it is the container that stoop itself runs in")
 )

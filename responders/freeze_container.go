@@ -22,6 +22,10 @@ is done when the kernel says that all have stopped: no process of the container 
 another instruction, and none gets to see that it was stopped. Memory, open files and
 connections stay as they are, for whoever looks into them.
 
+A process in a call to the kernel that can't be broken off (a read of a file system
+that does not answer; with CAP_SYS_ADMIN a container makes one) stops when the call comes
+back. It is waited for for a second; the others stay stopped, and found.stopping is true.
+
 It stays frozen until somebody undoes it. The end of the ttl thaws it only with
 onExpire: release, since a ttl that lets the attacker go on is no containment. When
 stoop is started again, it makes sure that the container is frozen still.
@@ -127,7 +131,7 @@ func (f *containerFreezer) Act(ctx context.Context, r *Request) (Result, error) 
 	if !frozen {
 		r.Intend(undo, result.TTL)
 	}
-	already, err := c.Freeze(ctx)
+	already, late, err := freezeIn(ctx, c)
 	if err != nil {
 		return Result{}, overdue(refuseOwn(err))
 	}
@@ -141,8 +145,28 @@ func (f *containerFreezer) Act(ctx context.Context, r *Request) (Result, error) 
 		result.Nothing, result.Reason = true, "the container is frozen already, by another step or by somebody else"
 		return result, nil
 	}
-	result.Reason, result.Undo = "all processes of the container stopped"+probed(c), undo
+	result.Reason, result.Undo = "all processes of the container stopped", undo
+	if late != "" {
+		result.Reason, result.Found["stopping"] = "the container was told to stop"+late, "true"
+	}
+	result.Reason += probed(c)
 	return result, nil
+}
+
+// stopIn is how long a freeze is waited for; nearly all take a few milliseconds.
+const stopIn = time.Second
+
+// freezeIn freezes a container, and waits no longer than stopIn: a process that the
+// kernel can't stop must hold up neither the others' freeze nor the chain. late
+// says that there is one.
+func freezeIn(ctx context.Context, c *node.Container) (already bool, late string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, stopIn)
+	defer cancel()
+	already, err = c.Freeze(ctx)
+	if errors.Is(err, node.ErrStopping) {
+		return already, "; not all of its processes have stopped yet: one in a call to the kernel that can't be broken off stops when that comes back", nil
+	}
+	return already, "", err
 }
 
 // probed is what to mind of the kubelet.
@@ -212,12 +236,12 @@ func (f *containerFreezer) Keep(ctx context.Context, u *UndoRequest) (Result, er
 	if err != nil {
 		return Result{}, err
 	}
-	already, err := c.Freeze(ctx)
+	already, late, err := freezeIn(ctx, c)
 	switch {
 	case err != nil:
 		return Result{}, err
 	case already:
-		return Result{Nothing: true, Reason: "the container is frozen still"}, nil
+		return Result{Nothing: true, Reason: "the container is frozen still" + late}, nil
 	}
-	return Result{Reason: "the container had been thawed and is frozen again" + probed(c), Found: foundContainer(c)}, nil
+	return Result{Reason: "the container had been thawed and is frozen again" + late + probed(c), Found: foundContainer(c)}, nil
 }

@@ -148,6 +148,32 @@ func TestFreezeContainer(t *testing.T) {
 	})
 }
 
+// A process that the kernel can't stop holds up neither the freeze of the others
+// nor the chain, and what it stops can be taken back.
+func TestFreezeContainerOfOneThatIsStuck(t *testing.T) {
+	eachCgroup(t, func(t *testing.T, dir string) {
+		release := nodetest.Stuck(t, dir)
+		_, count := nodetest.Counter(t, dir)
+		f, r := onNode(t, freezeContainer(), `{}`)
+		r.Container = containerAt(t, dir)
+		began := time.Now()
+		res, err := f.Act(brief(t), r)
+		if err != nil || res.Nothing || res.Undo == nil || res.Found["stopping"] != "true" || time.Since(began) > 2*stopIn {
+			t.Fatalf("%+v, %v after %s", res, err, time.Since(began))
+		}
+		standsStill(t, count)
+		undo := &UndoRequest{ID: "step", Record: res.Undo}
+		if kept, err := f.(Keeper).Keep(brief(t), undo); err != nil || !kept.Nothing {
+			t.Errorf("kept: %+v, %v", kept, err)
+		}
+		if back, err := f.(Undoer).Undo(brief(t), undo); err != nil || back.Nothing {
+			t.Errorf("undo: %+v, %v", back, err)
+		}
+		countsOn(t, count)
+		release()
+	})
+}
+
 // What was frozen before this boot, or in a container that was made anew, is gone;
 // the one that is there now is left alone.
 func TestFreezeContainerRecords(t *testing.T) {
