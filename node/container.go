@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -238,7 +239,10 @@ func (c *Container) Pids() ([]int, error) {
 	return d.pids()
 }
 
-func (d *folder) pids() ([]int, error) {
+func (d *folder) pids() ([]int, error) { return d.pidsOf(math.MaxInt) }
+
+// pidsOf are those in the first of the cgroups, at most so many.
+func (d *folder) pidsOf(cgroups int) ([]int, error) {
 	var pids []int
 	hidden := false
 	err := filepath.WalkDir(d.of.Path, func(path string, e fs.DirEntry, err error) error {
@@ -249,7 +253,10 @@ func (d *folder) pids() ([]int, error) {
 			return err
 		case !e.IsDir():
 			return nil
+		case cgroups <= 0:
+			return fs.SkipAll
 		}
+		cgroups--
 		b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
 		switch {
 		case gone(err) && path != d.of.Path, errors.Is(err, syscall.EOPNOTSUPP):
@@ -287,17 +294,60 @@ func (d *folder) pids() ([]int, error) {
 // Own reports whether stoop itself runs in the container; it is neither frozen nor
 // killed then.
 func (c *Container) Own() (bool, error) {
-	pids, err := c.Pids()
+	d, err := c.open()
+	if err != nil {
+		return false, err
+	}
+	defer d.Close()
+	return d.own()
+}
+
+// ownMost is how many cgroups of a container stoop is looked for in, the
+// container's own first. A container that may make cgroups can make so many that
+// reading them takes seconds, and those it has for itself.
+const ownMost = 1024
+
+func (d *folder) own() (bool, error) {
+	if at := d.ownPath(); at != "" {
+		return at == d.of.Path || strings.HasPrefix(at, d.of.Path+"/"), nil
+	}
+	pids, err := d.pidsOf(ownMost)
 	return slices.Contains(pids, os.Getpid()), err
+}
+
+// ownPath is the folder of stoop's own cgroup in the container's hierarchy; ""
+// where it can't be told, as out of a cgroup namespace.
+func (d *folder) ownPath() string {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	_, lines, _ := readCgroup(b)
+	for _, h := range d.of.node.hierarchies {
+		if h.version != d.of.version || !strings.HasPrefix(d.of.Path, h.root+"/") {
+			continue
+		}
+		for _, l := range lines {
+			if !h.has(l) {
+				continue
+			}
+			at := filepath.Join(h.root, l.path)
+			// It is where the path says only if it is seen from the same root.
+			if b, err := os.ReadFile(filepath.Join(at, "cgroup.procs")); err == nil && slices.Contains(strings.Fields(string(b)), strconv.Itoa(os.Getpid())) {
+				return at
+			}
+		}
+	}
+	return ""
 }
 
 // spare refuses the container that stoop itself runs in.
 func (d *folder) spare() error {
-	pids, err := d.pids()
+	own, err := d.own()
 	if err != nil {
 		return err
 	}
-	if slices.Contains(pids, os.Getpid()) {
+	if own {
 		return fmt.Errorf("container %s: %w", d.of.ID, ErrOwn)
 	}
 	return nil

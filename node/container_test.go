@@ -307,6 +307,35 @@ func TestOwnContainerIsSpared(t *testing.T) {
 	})
 }
 
+// A container that fills its cgroup with others, which takes long to read, is
+// frozen as fast as any.
+func TestFreezeOfManyCgroups(t *testing.T) {
+	each(t, func(t *testing.T, makeCgroup func(testing.TB) string) {
+		dir := makeCgroup(t)
+		_, count := nodetest.Counter(t, dir)
+		for i := range 5000 {
+			if err := os.Mkdir(filepath.Join(dir, fmt.Sprint(i)), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := find(t, node.New(node.Config{}), dir)
+		began := time.Now()
+		all, err := c.Pids()
+		if err != nil || len(all) == 0 {
+			t.Fatal(all, err)
+		}
+		reading := time.Since(began)
+		began = time.Now()
+		if _, err := c.Freeze(within(t)); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > reading/2 {
+			t.Errorf("the freeze took %s, and to read all cgroups %s", took, reading)
+		}
+		still(t, count)
+	})
+}
+
 // ownCgroup is where this process is in the hierarchy.
 func ownCgroup(t *testing.T, root string) string {
 	b, err := os.ReadFile("/proc/self/cgroup")

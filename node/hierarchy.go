@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -33,6 +34,14 @@ func hierarchies(mount string) []hierarchy {
 		}
 	}
 	return found
+}
+
+// has reports whether a line of /proc/PID/cgroup is about this hierarchy.
+func (h hierarchy) has(l membership) bool {
+	if h.version == 2 {
+		return l.controllers == ""
+	}
+	return slices.Contains(strings.Split(l.controllers, ","), "freezer")
 }
 
 const (

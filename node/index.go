@@ -226,8 +226,7 @@ func (n *Node) hinted(id string, pid int) bool {
 	var found bool
 	for _, h := range n.hierarchies {
 		for _, l := range lines {
-			v1 := slices.Contains(strings.Split(l.controllers, ","), "freezer")
-			if h.version == 2 && l.controllers != "" || h.version == 1 && !v1 {
+			if !h.has(l) {
 				continue
 			}
 			_, upto := readPath(l.path)
