@@ -72,8 +72,8 @@ type lockUserParams struct {
 func lockUserDefaults() lockUserParams { return lockUserParams{User: "process"} }
 
 const (
-	// userFirst and userNobody bound the uids that people have: those below
-	// are the system's, nobody's and above are nobody's in particular.
+	// userFirst and userNobody bound the uids that people have: those below are
+	// the system's, and the last two that 16 bits hold are nobody's.
 	userFirst  = 1000
 	userNobody = 65534
 	userUnset  = math.MaxUint32 // a login uid that was never set
@@ -157,7 +157,7 @@ func (l *userLocker) suspect(r *Request) (lockUserParams, account, error) {
 	case a.uid == 0:
 		return params, a, Refuse("root is never locked")
 	case a.uid < userFirst || a.uid >= userNobody && a.uid < 1<<16:
-		return params, a, Refuse("user %s (uid %d) is the system's: users below %d, and from %d on, are never locked", a.name, a.uid, userFirst, userNobody)
+		return params, a, Refuse("user %s (uid %d) is the system's: those below %d, %d and %d are never locked", a.name, a.uid, userFirst, userNobody, userNobody+1)
 	case int(a.uid) == os.Geteuid(), int(a.uid) == os.Getuid():
 		return params, a, Refuse("stoop runs as user %s", a.name)
 	case matchAny(params.Protect, a.name):

@@ -59,9 +59,9 @@ can use a memory cgroup. Further limits are 1024 open files, files of 1 GiB, no 
 dumps, and 256 processes where there is a cgroup for it, and the kernel takes it first
 when memory is short.
 
-A program that everybody may write to is refused, and one of another user than root and
-stoop's own. Its group and the folders above it are yours to look after: whoever can
-change it is stoop's user.
+A program that others than root and stoop's own user may write to, by its owner, its group
+or its mode, is refused. The folders above it are yours to look after: whoever can
+change the program is stoop's user.
 
 What the program and its children do starts no harmful step, even if Falco raises an
 alert about it: they are known by the process and its parents in the alert (proc.pid,
@@ -182,6 +182,8 @@ func runnable(path string) error {
 		return Refuse("%s is not executable", path)
 	case st.Mode&0o002 != 0:
 		return Refuse("everybody may change %s: chmod o-w", path)
+	case st.Mode&0o020 != 0 && st.Gid != 0:
+		return Refuse("group %d may change %s: chmod g-w", st.Gid, path)
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
 		return Refuse("%s belongs to user %d, who could change it: chown it to root", path, st.Uid)
 	}

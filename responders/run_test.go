@@ -219,6 +219,18 @@ func TestRunRefuses(t *testing.T) {
 	if err := os.Chmod(open, 0o777); err != nil {
 		t.Fatal(err)
 	}
+	shared := filepath.Join(w.dir, "shared")
+	if err := os.WriteFile(shared, nil, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(shared, 0, 12345); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(shared, 0o770); err != nil {
+		t.Fatal(err)
+	}
 	plain := filepath.Join(w.dir, "plain")
 	if err := os.WriteFile(plain, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -234,6 +246,7 @@ func TestRunRefuses(t *testing.T) {
 		{"is no file", map[string]any{"command": []string{w.dir}}},
 		{"not executable", map[string]any{"command": []string{plain}}},
 		{"everybody may change", map[string]any{"command": []string{open}}},
+		{"group", map[string]any{"command": []string{shared}}},
 		{"NUL", map[string]any{"command": []string{good, "a\x00b"}}},
 		{"no name for a variable", map[string]any{"command": []string{good}, "environment": map[string]string{"A=B": ""}}},
 		{"set by stoop", map[string]any{"command": []string{good}, "environment": map[string]string{"STOOP_STEP": ""}}},
