@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"testing"
 
 	"github.com/mdlayher/netlink"
@@ -45,11 +47,17 @@ func veth(t testing.TB, host, inside *Network, insideName, hostName string) *Cab
 	t.Helper()
 	Root(t)
 	var b [6]byte
-	_, _ = rand.Read(b[:])
-	hostAddr := [4]byte{198, 18 | b[0]&1, b[1], b[2] &^ 3}
-	insideAddr := hostAddr
-	hostAddr[3]++
-	insideAddr[3] += 2
+	var hostAddr, insideAddr [4]byte
+	for {
+		_, _ = rand.Read(b[:])
+		hostAddr = [4]byte{198, 18 | b[0]&1, b[1], b[2] &^ 3}
+		insideAddr = hostAddr
+		hostAddr[3]++
+		insideAddr[3] += 2
+		if host != nil || !taken(t, hostAddr) {
+			break
+		}
+	}
 	if hostName == "" {
 		hostName = "st" + hex.EncodeToString(b[1:])
 	}
@@ -101,6 +109,20 @@ func veth(t testing.TB, host, inside *Network, insideName, hostName string) *Cab
 	h.waitUp(t, c.HostIndex)
 	in.waitUp(t, c.InsideIndex)
 	return c
+}
+
+// taken reports whether the machine has the address already: among some hundred
+// random ones two may well be the same.
+func taken(t testing.TB, a [4]byte) bool {
+	t.Helper()
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(all, func(have net.Addr) bool {
+		network, ok := have.(*net.IPNet)
+		return ok && network.IP.Equal(net.IP(a[:]))
+	})
 }
 
 func (r Rtnetlink) waitUp(t testing.TB, index int) {
