@@ -136,12 +136,18 @@ func (d *folder) key(name string) (bool, error) {
 }
 
 // await waits until ok, asked whenever the kernel says that cgroup.events
-// changed or, where it does not tell, after growing pauses of 0.1 to 5 ms.
+// changed or, where it does not tell, after growing pauses of 0.05 to 5 ms.
 func (d *folder) await(ctx context.Context, ok func() (bool, error)) error {
 	if d.of.version != 2 {
-		for pause := 100 * time.Microsecond; ; pause = min(2*pause, 5*time.Millisecond) {
+		for pause := 50 * time.Microsecond; ; pause = min(2*pause, 5*time.Millisecond) {
 			if is, err := ok(); is || err != nil {
 				return err
+			}
+			if pause < time.Millisecond && ctx.Err() == nil {
+				// Go's own timers take a millisecond at the least.
+				short := unix.NsecToTimespec(int64(pause))
+				_ = unix.Nanosleep(&short, nil)
+				continue
 			}
 			t := time.NewTimer(pause)
 			select {
