@@ -342,39 +342,48 @@ const (
 // forked is found; a child whose parent ended before it was found is not: it is
 // somebody else's then. With more than 4,096 processes those that were found
 // come with an error.
-func (p *Process) Tree() ([]*Process, error) {
+//
+// Known are those that an earlier look returned and the caller still holds: they
+// are not opened again, and only who is new is returned, which may be nobody.
+func (p *Process) Tree(known ...*Process) ([]*Process, error) {
 	n := p.node
-	root, err := n.openProcess(p.PID)
-	if err == nil && (root.Start != p.Start || !p.Alive()) {
-		_ = root.Close()
-		err = ErrGone
+	tree := slices.Clone(known)
+	if len(tree) == 0 {
+		root, err := n.openProcess(p.PID)
+		if err == nil && (root.Start != p.Start || !p.Alive()) {
+			_ = root.Close()
+			err = ErrGone
+		}
+		if err != nil {
+			return nil, fmt.Errorf("process %d: %w", p.PID, err)
+		}
+		root.CgroupOf = p.CgroupOf
+		tree = append(tree, root)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("process %d: %w", p.PID, err)
+	held := map[int]*Process{}
+	for _, q := range tree {
+		held[q.PID] = q
 	}
-	root.CgroupOf = p.CgroupOf
-	tree := []*Process{root}
-	held := map[int]*Process{root.PID: root}
 	for range maxRounds {
 		before := len(tree)
 		for i := 0; i < len(tree); i++ {
 			children, err := n.children(tree[i])
 			if err != nil {
-				return tree, fmt.Errorf("list the children of process %d: %w", tree[i].PID, err)
+				return tree[len(known):], fmt.Errorf("list the children of process %d: %w", tree[i].PID, err)
 			}
 			for _, pid := range children {
 				if have := held[pid]; have != nil && have.Alive() {
 					continue
 				}
 				if len(tree) >= maxTree {
-					return tree, fmt.Errorf("process %d has more than %d descendants", p.PID, maxTree)
+					return tree[len(known):], fmt.Errorf("process %d has more than %d descendants", p.PID, maxTree)
 				}
 				child, err := n.openProcess(pid)
 				if errors.Is(err, ErrGone) {
 					continue
 				}
 				if err != nil {
-					return tree, fmt.Errorf("process %d: %w", pid, err)
+					return tree[len(known):], fmt.Errorf("process %d: %w", pid, err)
 				}
 				// Its parent is alive, so the parent's number still is that
 				// one's, and this is its child.
@@ -393,15 +402,15 @@ func (p *Process) Tree() ([]*Process, error) {
 			break
 		}
 	}
-	alive := tree[:0]
-	for _, q := range tree {
+	var alive []*Process
+	for _, q := range tree[len(known):] {
 		if q.Alive() {
 			alive = append(alive, q)
 		} else {
 			_ = q.Close()
 		}
 	}
-	if len(alive) == 0 {
+	if len(alive) == 0 && len(known) == 0 {
 		return nil, fmt.Errorf("process %d: %w", p.PID, ErrGone)
 	}
 	return alive, nil
@@ -456,17 +465,31 @@ func (n *Node) childrenByParent(parent int) ([]int, error) {
 	return pids, nil
 }
 
-// Own reports whether pid is stoop itself or one of its ancestors.
-func (n *Node) Own(pid int) bool {
+// Ancestry are stoop itself and its ancestors.
+type Ancestry struct {
+	pids  []int
+	whole bool
+}
+
+// Ancestry reads it anew. It never gains a member later: who adopts the child of
+// a process that ended was an ancestor before.
+func (n *Node) Ancestry() Ancestry {
+	var a Ancestry
 	for at, left := os.Getpid(), 1024; at > 0 && left > 0; left-- {
-		if at == pid {
-			return true
-		}
+		a.pids = append(a.pids, at)
 		s, err := n.stat(at)
 		if err != nil {
-			return true // better one too many spared
+			return a
 		}
 		at = s.parent
 	}
-	return false
+	a.whole = true
+	return a
 }
+
+// Has reports whether pid is one of them, or may be, where they can't be read:
+// better one too many spared.
+func (a Ancestry) Has(pid int) bool { return !a.whole || slices.Contains(a.pids, pid) }
+
+// Own reports whether pid is stoop itself or one of its ancestors.
+func (n *Node) Own(pid int) bool { return n.Ancestry().Has(pid) }

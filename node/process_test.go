@@ -312,6 +312,49 @@ func TestTree(t *testing.T) {
 	}
 }
 
+// Who is held from an earlier look is not returned again, only who is new.
+func TestTreeAgain(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-c", "sleep 1000 & read line; sleep 1001 & wait")
+	cmd.Stdin = r
+	nodetest.Start(t, nodetest.In{}, cmd)
+	r.Close()
+	defer w.Close()
+	p, err := node.New(node.Config{}).Process(cmd.Process.Pid, startOf(t, cmd.Process.Pid), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	var held []*node.Process
+	defer func() {
+		for _, q := range held {
+			q.Close()
+		}
+	}()
+	look := func() (fresh int) {
+		tree, err := p.Tree(held...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, tree...)
+		return len(tree)
+	}
+	nodetest.Wait(t, "the shell and its first child to be seen", func() bool { look(); return len(held) == 2 })
+	if n := look(); n != 0 {
+		t.Errorf("%d were returned again", n)
+	}
+	if _, err := w.WriteString("go\n"); err != nil {
+		t.Fatal(err)
+	}
+	nodetest.Wait(t, "the second child to be seen", func() bool { look(); return len(held) == 3 })
+	if parent := held[2].Parent; parent != p.PID {
+		t.Errorf("the new one is a child of %d, want %d", parent, p.PID)
+	}
+}
+
 // A tree that grows while it is looked at: everybody who was there at the end is
 // in it, as long as their parents live.
 func TestTreeThatGrows(t *testing.T) {

@@ -98,7 +98,7 @@ func (k *processKiller) Check(_ context.Context, r *Request) error {
 	if err != nil {
 		return err
 	}
-	if why := k.spared(r.Process, params.Protect); why != "" {
+	if why := spared(r.Process, k.local.Ancestry(), params.Protect); why != "" {
 		return Refuse("process %s is %s, and never signalled", named(r.Process), why)
 	}
 	return nil
@@ -119,13 +119,13 @@ func (k *processKiller) params(r *Request) (killProcessParams, error) {
 }
 
 // spared says why a process is never signalled; "" when it may be.
-func (k *processKiller) spared(p *node.Process, protect []string) string {
+func spared(p *node.Process, own node.Ancestry, protect []string) string {
 	switch {
 	case p.PID == 1:
 		return "process 1 of the host"
 	case p.Kernel:
 		return "a thread of the kernel"
-	case k.local.Own(p.PID):
+	case own.Has(p.PID):
 		return "stoop itself or what started it"
 	case p.CgroupOf != "":
 		return "" // in a container a name says nothing
@@ -178,7 +178,7 @@ func (k *processKiller) Act(ctx context.Context, r *Request) (Result, error) {
 	hit := []*node.Process{r.Process}
 	var left, notes []string
 	if params.Tree {
-		held := &family{killer: k, protect: params.Protect, spared: map[int]bool{}, left: map[string]bool{}}
+		held := &family{own: k.local.Ancestry(), protect: params.Protect, spared: map[int]bool{}, left: map[string]bool{}}
 		defer held.close()
 		if err := held.gather(ctx, r.Process, signal); err != nil {
 			if len(held.found) == 0 {
@@ -268,7 +268,7 @@ func (k *processKiller) ended(ctx context.Context, r *Request, killed []*node.Pr
 
 // family is a tree of processes as it is found, one look after the other.
 type family struct {
-	killer  *processKiller
+	own     node.Ancestry
 	protect []string
 	found   []*node.Process // parents first; held
 	spared  map[int]bool    // by number: left alone, with what they started
@@ -289,24 +289,18 @@ const treeRounds = 32
 // forks no more.
 func (s *family) gather(ctx context.Context, root *node.Process, signal syscall.Signal) error {
 	stop := signal == syscall.SIGKILL || signal == syscall.SIGSTOP
-	have := map[string]bool{}
 	for range treeRounds {
-		tree, err := root.Tree()
-		if errors.Is(err, node.ErrGone) && len(s.found) > 0 {
-			return nil
-		}
+		tree, err := root.Tree(s.found...)
 		fresh := 0
 		for _, p := range tree {
-			key := fmt.Sprintf("%d/%d", p.PID, p.Start)
-			why := s.killer.spared(p, s.protect)
+			why := spared(p, s.own, s.protect)
 			switch {
 			case s.spared[p.Parent]:
 				s.spared[p.PID] = true
 			case why != "" && p.PID != root.PID:
 				s.spared[p.PID] = true
 				s.left[named(p)] = true
-			case !have[key]:
-				have[key] = true
+			default:
 				s.found = append(s.found, p)
 				fresh++
 				if stop {

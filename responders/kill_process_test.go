@@ -202,7 +202,7 @@ func TestKillProcessSpares(t *testing.T) {
 	const mild = `{"signal":"STOP","tree":false}`
 	t.Run("the host's first", func(t *testing.T) {
 		k := &processKiller{node.New(node.Config{})}
-		if why := k.spared(&node.Process{PID: 1, Exe: "/x", CgroupOf: nodetest.ID()}, nil); !strings.Contains(why, "process 1") {
+		if why := spared(&node.Process{PID: 1, Exe: "/x", CgroupOf: nodetest.ID()}, k.local.Ancestry(), nil); !strings.Contains(why, "process 1") {
 			t.Errorf("it is %q", why)
 		}
 	})
@@ -213,7 +213,7 @@ func TestKillProcessSpares(t *testing.T) {
 		}
 		p := hold(t, 2, "")
 		k := &processKiller{node.New(node.Config{})}
-		if why := k.spared(p, nil); !strings.Contains(why, "kernel") {
+		if why := spared(p, k.local.Ancestry(), nil); !strings.Contains(why, "kernel") {
 			t.Errorf("%+v is %q", p, why)
 		}
 	})
@@ -221,7 +221,7 @@ func TestKillProcessSpares(t *testing.T) {
 		// Its ancestors alike; a child of its own may be signalled.
 		k := &processKiller{node.New(node.Config{})}
 		for _, pid := range []int{os.Getpid(), os.Getppid()} {
-			if why := k.spared(hold(t, pid, ""), nil); !strings.Contains(why, "stoop itself") {
+			if why := spared(hold(t, pid, ""), k.local.Ancestry(), nil); !strings.Contains(why, "stoop itself") {
 				t.Errorf("process %d is %q", pid, why)
 			}
 		}
@@ -246,7 +246,7 @@ func TestKillProcessSpares(t *testing.T) {
 	})
 	t.Run("unseen", func(t *testing.T) {
 		k := &processKiller{node.New(node.Config{})}
-		if k.spared(&node.Process{PID: 1 << 22, Comm: "x"}, nil) == "" {
+		if spared(&node.Process{PID: 1 << 22, Comm: "x"}, k.local.Ancestry(), nil) == "" {
 			t.Error("a process of the host of which nobody knows what it runs may be signalled")
 		}
 	})
