@@ -76,19 +76,23 @@ func (c *Cut) Inside() (names []string) {
 // its own (tc, XDP: Cilium) never reaches the host's end, and a link that has no
 // such end has only the inside. Loopback is left alone.
 //
-// Cutting again under the same id replaces what was there. Errors: [ErrGone],
-// [ErrHostNetwork], [ErrNoLink]; after an error nothing is left behind.
-func (n *Node) Cut(ctx context.Context, c *Container, id string, allow []Peer) (*Cut, error) {
-	return n.cut(ctx, c.ID, c.Pids, id, allow)
+// Cutting again under the same id replaces what was there. before, if not nil, is
+// called right before anything is cut, with all that [Node.Uncut] needs. Errors:
+// [ErrGone], [ErrHostNetwork], [ErrNoLink]; after an error nothing is left behind.
+func (n *Node) Cut(ctx context.Context, c *Container, id string, allow []Peer, before func(*Cut)) (*Cut, error) {
+	return n.cut(ctx, c.ID, c.Pids, id, allow, before)
 }
 
-func (n *Node) cut(ctx context.Context, name string, members func() ([]int, error), id string, allow []Peer) (*Cut, error) {
+func (n *Node) cut(ctx context.Context, name string, members func() ([]int, error), id string, allow []Peer, before func(*Cut)) (*Cut, error) {
 	if !validID(id) {
 		return nil, fmt.Errorf("%q can't name a chain", id)
 	}
 	cut := &Cut{ID: id, Allow: allow}
 	err := n.reach(ctx, name, members, func(r *reached) error {
 		cut.Wired, cut.InHost = r.wired, r.inHost
+		if before != nil {
+			before(cut)
+		}
 		err := cut.apply(r)
 		if errors.Is(err, unix.EOPNOTSUPP) {
 			cut.OneWay = true

@@ -132,7 +132,7 @@ func soon(t testing.TB) context.Context {
 // after the test.
 func (p *pod) cutOff(t testing.TB, n *Node, allow ...Peer) *Cut {
 	t.Helper()
-	c, err := n.cut(soon(t), "test", p.members, cutID(), allow)
+	c, err := n.cut(soon(t), "test", p.members, cutID(), allow, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -534,7 +534,7 @@ func TestCutRefusesTheHostsNetwork(t *testing.T) {
 	nodetest.Start(t, nodetest.In{}, cmd)
 	members := func() ([]int, error) { return []int{cmd.Process.Pid}, nil }
 	before := chainsOnHost(t, n)
-	if _, err := n.cut(soon(t), "test", members, cutID(), nil); !errors.Is(err, ErrHostNetwork) {
+	if _, err := n.cut(soon(t), "test", members, cutID(), nil, nil); !errors.Is(err, ErrHostNetwork) {
 		t.Errorf("cut of a process in the host's network: %v", err)
 	}
 	if after := chainsOnHost(t, n); !slices.Equal(before, after) {
@@ -547,12 +547,12 @@ func TestCutRefusesTheHostsNetwork(t *testing.T) {
 		t.Errorf("%d processes in the host's network, wired %+v; wanted 1 and the pod's", c.InHost, c.Wired)
 	}
 	// One that is gone.
-	if _, err := n.cut(soon(t), "test", func() ([]int, error) { return nil, nil }, cutID(), nil); !errors.Is(err, ErrGone) {
+	if _, err := n.cut(soon(t), "test", func() ([]int, error) { return nil, nil }, cutID(), nil, nil); !errors.Is(err, ErrGone) {
 		t.Errorf("cut of a container without processes: %v", err)
 	}
 	bare := &pod{net: nodetest.Netns(t)}
 	bare.pids = []int{bare.run(t, "sleep", "1000")}
-	if _, err := n.cut(soon(t), "test", bare.members, cutID(), nil); !errors.Is(err, ErrNoLink) {
+	if _, err := n.cut(soon(t), "test", bare.members, cutID(), nil, nil); !errors.Is(err, ErrNoLink) {
 		t.Errorf("cut of a container without a network: %v", err)
 	}
 }
@@ -870,7 +870,7 @@ func TestCutsAtOnce(t *testing.T) {
 				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 				defer cancel()
 				for range 20 {
-					c, err := n.cut(ctx, "test", p.members, cutID(), nil)
+					c, err := n.cut(ctx, "test", p.members, cutID(), nil, nil)
 					if err != nil {
 						return err
 					}
@@ -900,12 +900,12 @@ func TestCutFromAnotherNamespace(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := New(Config{})
-		c, err := n.cut(soon(t), "test", func() ([]int, error) { return []int{pid}, nil }, os.Getenv("STOOP_TEST_ID"), nil)
+		c, err := n.cut(soon(t), "test", func() ([]int, error) { return []int{pid}, nil }, os.Getenv("STOOP_TEST_ID"), nil, nil)
 		if err != nil || len(c.Inside()) != 0 {
 			t.Errorf("cut inside of %v: %v", c, err)
 		}
 		self := func() ([]int, error) { return []int{os.Getpid()}, nil }
-		if _, err := n.cut(soon(t), "test", self, cutID(), nil); !errors.Is(err, ErrHostNetwork) {
+		if _, err := n.cut(soon(t), "test", self, cutID(), nil, nil); !errors.Is(err, ErrHostNetwork) {
 			t.Errorf("cut of stoop's own network: %v", err)
 		}
 		host := func() ([]int, error) { return []int{os.Getppid()}, nil }
@@ -946,7 +946,7 @@ func BenchmarkCut(b *testing.B) {
 	took := make([]time.Duration, 0, 1024)
 	for b.Loop() {
 		start := time.Now()
-		c, err := n.cut(ctx, "bench", p.members, "bench", nil)
+		c, err := n.cut(ctx, "bench", p.members, "bench", nil, nil)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -141,11 +141,20 @@ func (c *networkCutter) Act(ctx context.Context, r *Request) (Result, error) {
 		allow = append(allow, p.Peer)
 	}
 	// A second run of the step replaces what the first made, under the same names.
-	cut, err := c.node.Cut(ctx, r.Container, r.Step.ID, allow)
+	record := func(cut *node.Cut) ([]byte, error) {
+		return json.Marshal(networkCut{Boot: c.node.BootID(), Container: r.Container.ID, Cut: cut})
+	}
+	// Stored before: nothing else would know of the chains, should stoop be killed
+	// and the step not come again in time.
+	cut, err := c.node.Cut(ctx, r.Container, r.Step.ID, allow, func(cut *node.Cut) {
+		if undo, err := record(cut); err == nil {
+			r.Intend(undo, time.Duration(params.TTL))
+		}
+	})
 	if err != nil {
 		return Result{}, networkError(err)
 	}
-	undo, err := json.Marshal(networkCut{Boot: c.node.BootID(), Container: r.Container.ID, Cut: cut})
+	undo, err := record(cut)
 	if err != nil {
 		return Result{}, err
 	}

@@ -85,6 +85,34 @@ func reaches(t *testing.T, from, to *nodetest.Network, addr netip.Addr) bool {
 	return err == nil
 }
 
+// What is stored before the cut is enough to take it back, should stoop be killed
+// right after it.
+func TestCutNetworkThatACrashCutOff(t *testing.T) {
+	c, remote := newNetworkedContainer(t, nodetest.Netns(t)), nodetest.Netns(t)
+	in, _ := nodetest.Bridge(t, c.net, remote)
+	act := cutNetwork().New(Env{Local: c.node})
+	r := c.request(t, "cut-network", `{"ttl":"1h"}`, connectionAlert(""))
+	var stored json.RawMessage
+	r.intend = func(undo json.RawMessage, ttl time.Duration) {
+		stored = undo
+		if ttl != time.Hour || !reaches(t, c.net, remote, in.Host) {
+			t.Errorf("ttl %s; or it is stored when it is done already", ttl)
+		}
+	}
+	if _, err := act.Act(soonest(t), r); err != nil {
+		t.Fatal(err)
+	}
+	if reaches(t, c.net, remote, in.Host) {
+		t.Error("the container is not cut off")
+	}
+	if res, err := act.(Undoer).Undo(soonest(t), &UndoRequest{ID: r.Step.ID, Record: stored}); err != nil || res.Nothing {
+		t.Errorf("undo: %+v, %v", res, err)
+	}
+	if !reaches(t, c.net, remote, in.Host) {
+		t.Error("the container is cut off still")
+	}
+}
+
 func TestCutNetwork(t *testing.T) {
 	c, remote := newNetworkedContainer(t, nodetest.Netns(t)), nodetest.Netns(t)
 	in, _ := nodetest.Bridge(t, c.net, remote)

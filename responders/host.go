@@ -236,7 +236,8 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 				h.Log.Error("the end of a step could not be stored", "step", s.ID, "error", err)
 			}
 		}
-		h.finish(ctx, d, r, status, Result{Reason: reason}, false)
+		reason, undo := h.left(s.ID, reason)
+		h.finish(ctx, d, r, status, Result{Reason: reason}, undo)
 	default:
 		h.act(ctx, d, r, req)
 	}
@@ -483,6 +484,9 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 			h.Log.Error("the undo of a step that was not done could not be forgotten", "step", s.ID, "error", err)
 		}
 	}
+	if !undo {
+		reason, undo = h.left(s.ID, reason)
+	}
 	res.Reason = reason
 	if harm {
 		h.ledger.end(s.ID, status, res, time.Now())
@@ -492,6 +496,15 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		failpoint.Hit("host.after-result")
 	}
 	h.finish(ctx, d, r, status, res, undo)
+}
+
+// left says of a step that ends without having been done whether an earlier run of
+// it, or try, may have done it before it was cut off: it is not to be forgotten.
+func (h *Host) left(id, reason string) (string, bool) {
+	if h.undos.record(id) == nil {
+		return reason, false
+	}
+	return reason + "; an earlier run of the step was cut off in the middle and may have done it: stoop undo takes that back", true
 }
 
 // deadline bounds an act. When stoop is stopped, one under way has grace to

@@ -62,7 +62,7 @@ func TestTheUndoOfAnActThatACrashCutOff(t *testing.T) {
 	given := newBench(t, brokertest.Open(t, broker.Config{Dir: images[1]}), entry("one", Harm, third))
 	given.config.Guards.MaxAge = time.Nanosecond
 	given.start()
-	if got := given.outcomes(1); got[0].Status != broker.Expired {
+	if got := given.outcomes(1); got[0].Status != broker.Expired || !got[0].Undo || !strings.Contains(got[0].Reason, "stoop undo") {
 		t.Errorf("outcome %+v", got[0])
 	}
 	if o, err := given.host.Undo(t.Context(), step.ID, "somebody"); err != nil || o.Status != broker.Undone {

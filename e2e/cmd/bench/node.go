@@ -282,7 +282,7 @@ func (c *crowd) cut(n int) (stoop, bare []time.Duration) {
 				}
 				var cut *node.Cut
 				bare = append(bare, c.took(t, talks[i].watchSilent(), func() (err error) {
-					cut, err = c.local.Cut(t.Context(), of, fmt.Sprintf("bench%d.%d", os.Getpid(), i), nil)
+					cut, err = c.local.Cut(t.Context(), of, fmt.Sprintf("bench%d.%d", os.Getpid(), i), nil, nil)
 					return err
 				}))
 				if _, err := c.local.Uncut(t.Context(), cut); err != nil {
