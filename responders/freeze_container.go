@@ -22,9 +22,10 @@ is done when the kernel says that all have stopped: no process of the container 
 another instruction, and none gets to see that it was stopped. Memory, open files and
 connections stay as they are, for whoever looks into them.
 
-A process in a call to the kernel that can't be broken off (a read of a file system
-that does not answer; with CAP_SYS_ADMIN a container makes one) stops when the call comes
-back. It is waited for for a second; the others stay stopped, and found.stopping is true.
+A process in a call to the kernel that can't be broken off (a read of a file system that
+does not answer; with CAP_SYS_ADMIN a container makes one) stops when the call comes
+back. The step waits a second for it; the others stay stopped, and found.stopping is
+true.
 
 It stays frozen until somebody undoes it. The end of the ttl thaws it only with
 onExpire: release, since a ttl that lets the attacker go on is no containment. When
@@ -35,9 +36,7 @@ it anew, unfrozen: what has to be done before that belongs in the same chain. A 
 of the pod waits out its whole grace period, since nothing frozen answers SIGTERM.
 
 Processes that the container started on the host, or that others started in its
-namespaces, are not in its cgroup and run on. Where one of its processes is in a call
-that the kernel does not break off (to a server that hangs), the freeze is not done in
-time, and the others are let go on too: kill-container then gets those.`,
+namespaces, are not in its cgroup and run on.`,
 		Params:   param.Describe(freezeContainerDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedCgroup},
 		Kind:     Harm,
