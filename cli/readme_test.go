@@ -381,3 +381,32 @@ func TestDocsSubjects(t *testing.T) {
 		}
 	}
 }
+
+// What README says of speed is what docs/performance.md says.
+func TestReadmeQuotesTheMeasuredFigures(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	measured, err := os.ReadFile("../docs/performance.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, ok := strings.Cut(string(readme), "\n## How fast\n")
+	if !ok {
+		t.Fatal("README has no section on speed")
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	rows := 0
+	for line := range strings.Lines(section) {
+		if strings.HasPrefix(line, "| ") {
+			rows++
+			if !strings.Contains(string(measured), line) {
+				t.Errorf("docs/performance.md does not have this row: %s", line)
+			}
+		}
+	}
+	if rows < 5 {
+		t.Errorf("only %d rows", rows)
+	}
+}
