@@ -32,6 +32,11 @@ func (h *Host) locate(ctx context.Context, r *running, req *Request) (missing st
 	if why := h.Guards.elsewhere(*t); why != "" {
 		return "", Refuse("%s", why) // evidence asks no guard, but is of this machine all the same
 	}
+	if h.Guards.Own.Owns(req.Alert) {
+		// Or evidence would be kept of what keeps evidence, without an end: it reads
+		// what Falco raises alerts about.
+		return "", Refuse("a program that stoop started raised this alert")
+	}
 	switch r.Object {
 	case HostObject:
 		if !t.Host {

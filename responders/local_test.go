@@ -156,6 +156,22 @@ func TestEvidenceOfAnotherNode(t *testing.T) {
 	}
 }
 
+// A child that keeps evidence may raise an alert itself, of which none is kept.
+func TestEvidenceOfStoopItself(t *testing.T) {
+	cmd, id := container(t)
+	own := &OwnProcesses{}
+	ended := own.Started(cmd.Process.Pid, "")
+	defer ended()
+	act := &stub{}
+	b := newBench(t, brokertest.New(t), localEntry("one", Evidence, SuspectObject, act))
+	b.config.Env.Local, b.config.Guards.Own = node.New(node.Config{}), own
+	b.start()
+	b.publish(b.alertStep("one", fmt.Sprintf(`{"container.id":%q,"proc.pid":%d,"proc.pid.ts":%d}`, id[:12], cmd.Process.Pid, started(t, cmd.Process.Pid))))
+	if o := b.outcomes(1)[0]; o.Status != broker.Refused || act.calls() != 0 {
+		t.Errorf("%s (%s), %d calls", o.Status, o.Reason, act.calls())
+	}
+}
+
 // Where the node grants too little, the outcome says what, and in audit mode as
 // well.
 func TestWhatTheNodeDoesNotGrant(t *testing.T) {
