@@ -320,10 +320,11 @@ func TestTreeAgain(t *testing.T) {
 	}
 	cmd := exec.Command("sh", "-c", "sleep 1000 & read line; sleep 1001 & wait")
 	cmd.Stdin = r
-	nodetest.Start(t, nodetest.In{}, cmd)
+	dir := nodetest.CgroupV2(t) // all that it starts goes with it
+	nodetest.Start(t, nodetest.In{Cgroups: []string{dir}}, cmd)
 	r.Close()
 	defer w.Close()
-	p, err := node.New(node.Config{}).Process(cmd.Process.Pid, startOf(t, cmd.Process.Pid), "")
+	p, err := node.New(node.Config{}).Process(cmd.Process.Pid, startOf(t, cmd.Process.Pid), filepath.Base(dir))
 	if err != nil {
 		t.Fatal(err)
 	}
