@@ -54,6 +54,9 @@ type Cut struct {
 	OneWay bool `json:"oneWay,omitempty"`
 	// NetAdmin says that the container holds NET_ADMIN, or could come to.
 	NetAdmin bool `json:"-"`
+	// Open are links that could only be cut inside the namespace, where somebody
+	// with NET_ADMIN kept stoop from it.
+	Open []string `json:"-"`
 }
 
 // Inside are the links that have no end on the host: whoever holds NET_ADMIN in
@@ -105,6 +108,7 @@ func (n *Node) cut(ctx context.Context, name string, members func() ([]int, erro
 				err = errors.Join(err, uerr)
 			}
 		}
+		cut.Open = r.open
 		return err
 	})
 	if err != nil {
@@ -156,8 +160,9 @@ type Block struct {
 	Wired   []Wired    `json:"wired"`
 	OneWay  bool       `json:"oneWay,omitempty"`
 
-	InHost   int  `json:"-"`
-	NetAdmin bool `json:"-"`
+	InHost   int      `json:"-"`
+	NetAdmin bool     `json:"-"`
+	Open     []string `json:"-"`
 }
 
 // ErrBlocked says that the address is blocked already.
@@ -197,6 +202,7 @@ func (n *Node) block(ctx context.Context, name string, members func() ([]int, er
 				err = errors.Join(err, uerr)
 			}
 		}
+		block.Open = r.open
 		return err
 	})
 	if err != nil {
@@ -333,6 +339,7 @@ type reached struct {
 	inside []*side // one a namespace
 	wired  []Wired
 	inHost int
+	open   []string // links that apply could do nothing about
 }
 
 // reach opens the container's network for f.
@@ -412,9 +419,12 @@ func wiresOf(s, host *side, w, hostNet *Network) ([]Wire, error) {
 }
 
 // apply commits what add makes of each hook, on the host and inside. That the
-// inside could not be done is an error only where it is all there is. Without
-// oneWay every link has both hooks on either side.
+// inside could not be done is an error only in a namespace where it is all there
+// is: whoever holds NET_ADMIN there can make a link without an end on the host,
+// and a table of stoop's name that stoop may not touch, and must not keep the
+// others open by that. Without oneWay every link has both hooks on either side.
 func (r *reached) apply(oneWay bool, add func(*batch, hook)) error {
+	r.open = nil
 	both := func(b *batch, h hook, ingressIsOut bool) {
 		h.ingress, h.out = true, ingressIsOut
 		add(b, h)
@@ -425,14 +435,16 @@ func (r *reached) apply(oneWay bool, add func(*batch, hook)) error {
 	}
 	var outside batch
 	outside.addTable()
-	alone := make([]bool, len(r.wired)) // some link has nothing but the inside
+	alone := make([][]string, len(r.wired)) // links that have nothing but the inside
+	outer := make([]bool, len(r.wired))     // there are others
 	peers := 0
 	for i, w := range r.wired {
 		for _, l := range w.Wires {
 			if l.Peer == 0 || oneWay {
-				alone[i] = true
+				alone[i] = append(alone[i], l.Name)
 			}
 			if l.Peer != 0 {
+				outer[i] = true
 				peers++
 				both(&outside, hook{index: l.Peer, device: l.PeerName}, true)
 			}
@@ -455,8 +467,12 @@ func (r *reached) apply(oneWay bool, add func(*batch, hook)) error {
 		if len(w.Wires) == 0 {
 			continue
 		}
-		if err := r.inside[i].filter.commit(&b, 0); err != nil && alone[i] {
+		err := r.inside[i].filter.commit(&b, 0)
+		if err != nil && !outer[i] {
 			return fmt.Errorf("inside the namespace: %w", err)
+		}
+		if err != nil {
+			r.open = append(r.open, alone[i]...)
 		}
 	}
 	return nil

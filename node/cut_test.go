@@ -429,6 +429,54 @@ func TestCutHoldsAgainstNetAdmin(t *testing.T) {
 	nodetest.Wait(t, "the stream to stop", func() bool { return !s.flows(100 * time.Millisecond) })
 }
 
+// Whoever holds NET_ADMIN in the pod makes a link without an end on the host, and
+// takes the table of stoop's name for himself: that keeps no other link open.
+func TestCutHoldsAgainstATableOfTheSameName(t *testing.T) {
+	n := New(Config{})
+	p := newPod(t)
+	in := nodetest.Dial(t, p.net)
+	defer in.Close()
+	if err := in.Change(unix.RTM_NEWLINK, netlink.Create|netlink.Excl, make([]byte, unix.SizeofIfInfomsg), func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.IFLA_IFNAME, "mine")
+		ae.Nested(unix.IFLA_LINKINFO, func(ae *netlink.AttributeEncoder) error {
+			ae.String(unix.IFLA_INFO_KIND, "bridge")
+			return nil
+		})
+	}); err != nil {
+		nodetest.Missing(t, "bridges: %v", err)
+	}
+	theirs := p.side(t) // the table is this socket's, as long as it is open
+	defer theirs.Close()
+	var b batch
+	b.add(unix.NFT_MSG_NEWTABLE, netlink.Create|netlink.Excl, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_TABLE_NAME, filterTable)
+		const owner = 2
+		ae.Uint32(unix.NFTA_TABLE_FLAGS, owner)
+	})
+	if err := theirs.filter.commit(&b, 0); err != nil {
+		nodetest.Missing(t, "tables with an owner: %v", err)
+	}
+	if !p.datagram(t) || !p.datagramIn(t) {
+		t.Fatal("datagrams do not pass before the cut: the test is worth nothing")
+	}
+	c := p.cutOff(t, n)
+	if !slices.Equal(c.Open, []string{"mine"}) {
+		t.Errorf("open: %q", c.Open)
+	}
+	if p.datagram(t) || p.datagramIn(t) || p.frameArrives(t) {
+		t.Error("a packet passes")
+	}
+	if restored, err := n.KeepCut(soon(t), c); err != nil {
+		t.Errorf("keep: %t, %v", restored, err)
+	}
+	if _, err := n.Uncut(soon(t), c); err != nil {
+		t.Errorf("uncut: %v", err)
+	}
+	if !p.datagram(t) {
+		t.Error("it is cut off still")
+	}
+}
+
 // The host's end is not all there is: a network plugin may redirect packets
 // before they get there.
 func TestCutHoldsInsideToo(t *testing.T) {
