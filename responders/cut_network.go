@@ -30,7 +30,8 @@ disk.
 A link without an end on the host (macvlan, ipvlan, host-device, the guest's side of
 some plugins) is cut inside the namespace only, and before Linux 5.16 so is what comes
 in on any link: found.how then says inside, and found.removable is true if the container
-holds NET_ADMIN, with which it can lift that. A container with NET_ADMIN may also make
+holds NET_ADMIN, with which it can lift that, or keep stoop from doing it: found.open
+names such links, and the others are cut. A container with NET_ADMIN may also make
 itself another link on top of one of the host's (a macvlan; not where the pod has a user
 namespace of its own): found.netAdmin is true, and such a link is cut only when stoop is
 started the next time. Stop such a container first: freeze-container, then cut-network.
@@ -170,7 +171,7 @@ func (c *networkCutter) Act(ctx context.Context, r *Request) (Result, error) {
 		reason += "; the container holds NET_ADMIN, with which it may be able to make itself another link: freeze it"
 	}
 	return Result{
-		Reason: reason + inHost(cut.InHost, found), Found: found, Undo: undo,
+		Reason: reason + inHost(cut.InHost, found) + leftOpen(cut.Open, found), Found: found, Undo: undo,
 		TTL: time.Duration(params.TTL),
 	}, nil
 }
@@ -294,6 +295,15 @@ func inHost(n int, found map[string]string) string {
 	}
 	found["inHostNetwork"] = strconv.Itoa(n)
 	return fmt.Sprintf("; %d of its processes are in the host's network, and not cut off", n)
+}
+
+// leftOpen tells of the links that somebody inside kept stoop from.
+func leftOpen(links []string, found map[string]string) string {
+	if len(links) == 0 {
+		return ""
+	}
+	found["open"] = joinedFirst(links, 8)
+	return "; not on " + found["open"] + ", which have no end on the host, and inside its namespace somebody holds stoop's table: freeze it"
 }
 
 // prefixes are the ranges as the standard library has them.
