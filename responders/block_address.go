@@ -142,13 +142,14 @@ func endOf(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(addr.Unmap().WithZone(""), p.Port()), nil
 }
 
-// Object is the address: another one in the same pod is another matter.
+// Object is the address and for whom it is blocked: another one in the same pod is
+// another matter, and so is the same one in another pod.
 func (b *addressBlocker) Object(r *Request) string {
 	far, err := remoteOf(r.Alert)
 	if err != nil {
 		return ""
 	}
-	return far.addr.Addr().String()
+	return "address/" + r.Container.ID + "/" + far.addr.Addr().String()
 }
 
 func (b *addressBlocker) params(r *Request) (blockAddressParams, remote, error) {
@@ -289,7 +290,7 @@ func (b *addressBlocker) Act(ctx context.Context, r *Request) (Result, error) {
 	found["connection"] = connection.Protocol + " " + connection.Local.String() + "->" + connection.Remote.String()
 	found["until"] = block.Until.Format(time.RFC3339)
 	return Result{
-		Reason: fmt.Sprintf("%s is blocked until %s", a, found["until"]) + inHost(block.InHost, found),
+		Reason: fmt.Sprintf("%s is blocked until %s", a, found["until"]) + inHost(block.InHost, found) + leftOpen(block.Open, found),
 		Found:  found, Undo: undo, TTL: time.Duration(params.TTL),
 	}, nil
 }

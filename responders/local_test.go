@@ -13,6 +13,7 @@ import (
 	"stoop/alert"
 	"stoop/broker"
 	"stoop/broker/brokertest"
+	"stoop/evidence"
 	"stoop/node"
 	"stoop/node/nodetest"
 )
@@ -313,5 +314,38 @@ func TestUndoAllGoesOn(t *testing.T) {
 	}
 	if all, err = b.host.UndoAll(t.Context(), "somebody"); err != nil || len(all) != 1 {
 		t.Errorf("once more: %+v, %v", all, err)
+	}
+}
+
+// What a rule did in one container spares no other container, and no other file in
+// the same one: an attacker chooses both.
+func TestWhatTheCooldownOfTheNodesOwnCountsBy(t *testing.T) {
+	request := func(container, fields string) *Request {
+		a, err := alert.Parse([]byte(connectionAlert(fields)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &Request{Step: &broker.Step{}, Alert: a, Container: &node.Container{ID: container}}
+	}
+	one, two := nodetest.ID(), nodetest.ID()
+	block := blockAddress().New(Env{Local: node.New(node.Config{})}).(Particular)
+	quarantine := (&fileQuarantine{store: &evidence.Store{}}).Object
+	for name, c := range map[string]struct {
+		object func(*Request) string
+		fields [2]string
+	}{
+		"block-address":   {block.Object, [2]string{`,"fd.name":"10.0.0.2:4000->203.0.113.7:443"`, `,"fd.name":"10.0.0.2:4000->203.0.113.8:443"`}},
+		"quarantine-file": {quarantine, [2]string{`,"fd.name":"/tmp/a"`, `,"fd.name":"/tmp/b"`}},
+	} {
+		of := c.object(request(one, c.fields[0]))
+		if of == "" || of != c.object(request(one, c.fields[0])) {
+			t.Errorf("%s: %q is not the same again", name, of)
+		}
+		if of == c.object(request(two, c.fields[0])) {
+			t.Errorf("%s: the same in another container", name)
+		}
+		if of == c.object(request(one, c.fields[1])) {
+			t.Errorf("%s: another one in the same container", name)
+		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"stoop/alert"
 	"stoop/child"
 	"stoop/evidence"
 	"stoop/node"
@@ -128,6 +129,15 @@ func (q *fileQuarantine) Check(_ context.Context, r *Request) error {
 		return err
 	}
 	return spareOwn(r.Container)
+}
+
+// Object is the file: another one in the same container is another matter.
+func (q *fileQuarantine) Object(r *Request) string {
+	_, name, err := q.params(r)
+	if err != nil {
+		return ""
+	}
+	return "file/" + r.Container.ID + "/" + alert.IDOf([]byte(name))
 }
 
 // place is where a path leads in a container, as its processes see it.
