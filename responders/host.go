@@ -107,6 +107,10 @@ const (
 	// notifyFor is how long telling people is tried. What harms is tried
 	// until the alert is older than guard.maxAge.
 	notifyFor = 30 * time.Minute
+	// localFor is how long an act of this node's own is tried. A fault of the
+	// kernel's that passes does so soon; one that a suspect makes does not, and must
+	// not hold up the chain until all of it is too old.
+	localFor = time.Minute
 	// busyAgain is when a step asks again whose object or destination is
 	// busy.
 	busyAgain = 50 * time.Millisecond
@@ -299,9 +303,12 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		return h.suppress("protected", p)
 	}
 	if c, ok := r.act.(Checker); ok {
-		if err := c.Check(ctx, req); err != nil {
+		checkCtx, cancel := h.deadline(ctx, r.Deadline)
+		err := c.Check(checkCtx, req)
+		cancel()
+		if err != nil {
 			status, retry, after, reason := classify(err)
-			if retry {
+			if retry && !(r.local() && now.Sub(s.Received) > localFor) {
 				return "", "", max(after, retryFirst)
 			}
 			return status, reason, 0
@@ -447,6 +454,10 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		return // stoop is being stopped: the step is given again at the next start
 	}
 	status, retry, after, reason := classify(err)
+	if retry && harm && r.local() {
+		rec := h.ledger.get(s.ID)
+		retry = rec != nil && time.Since(rec.Began) < localFor
+	}
 	if retry {
 		if r.Kind == Evidence && s.OnFailure != broker.Stop {
 			// Evidence that can't be had now is tried for, but never stops

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -347,5 +348,54 @@ func TestWhatTheCooldownOfTheNodesOwnCountsBy(t *testing.T) {
 		if of == c.object(request(one, c.fields[1])) {
 			t.Errorf("%s: another one in the same container", name)
 		}
+	}
+}
+
+// hesitant is a stub whose Check waits for something that never comes.
+type hesitant struct {
+	stub
+	asked atomic.Int32
+}
+
+func (h *hesitant) Check(ctx context.Context, _ *Request) error {
+	h.asked.Add(1)
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// What a suspect makes hang, or fail again and again, holds up the chain for a
+// minute at the most.
+func TestAnActOfTheNodeIsNotTriedForEver(t *testing.T) {
+	_, id := container(t)
+	fails := &stub{do: func(int, *Request) (Result, error) { return Result{}, Retry(errors.New("not now"), 0) }}
+	hangs, next := &hesitant{}, &stub{}
+	slow := localEntry("hangs", Harm, ContainerObject, hangs)
+	slow.Deadline = 10 * time.Millisecond
+	b := newBench(t, brokertest.New(t), localEntry("fails", Harm, ContainerObject, fails), slow, localEntry("next", Harm, ContainerObject, next))
+	b.config.Env.Local = node.New(node.Config{})
+	b.start()
+	for _, first := range []string{"fails", "hangs"} {
+		s := b.alertStep(first, `{"container.id":"`+id[:12]+`"}`)
+		s.Remaining = []broker.Action{{Responder: "next"}}
+		if first == "hangs" {
+			s.Received = s.Received.Add(-localFor - time.Second) // before enforce was switched on: Check is asked in audit mode too
+		}
+		b.publish(s)
+		if first == "fails" {
+			nodetest.Wait(t, "a try", func() bool { return fails.calls() > 0 })
+			b.host.ledger.mu.Lock()
+			b.host.ledger.acts[s.ID].Began = time.Now().Add(-localFor)
+			b.host.ledger.mu.Unlock()
+		}
+	}
+	got := map[string]broker.Status{}
+	for _, o := range b.outcomes(4) {
+		got[o.Responder] = o.Status
+	}
+	if got["fails"] != broker.Failed || got["hangs"] != broker.Failed || next.calls() == 0 {
+		t.Errorf("outcomes %v, the next step was done %d times", got, next.calls())
+	}
+	if hangs.asked.Load() != 1 {
+		t.Errorf("asked %d times", hangs.asked.Load())
 	}
 }
