@@ -82,8 +82,9 @@ type Host struct {
 	undos      *undos
 	pause      atomic.Pointer[Pause]
 	enforced   atomic.Pointer[enforced]
-	underway   sync.Map // the ids of the steps being handled
-	lost       lost     // outcomes that the store refused
+	underway   sync.Map      // the ids of the steps being handled
+	resumed    chan struct{} // a token when a pause is over
+	lost       lost          // outcomes that the store refused
 }
 
 // running is a responder at work.
@@ -128,7 +129,7 @@ const (
 // NewHost builds the responders and reads what STATE knows.
 func NewHost(ctx context.Context, c Config) (*Host, error) {
 	h := &Host{
-		Config: c, responders: map[string]*running{},
+		Config: c, responders: map[string]*running{}, resumed: make(chan struct{}, 1),
 		ledger: newLedger(c.Broker.State(), &c.Guards), rehearsal: newLedger(nil, &c.Guards),
 	}
 	if h.Log == nil {
@@ -183,7 +184,8 @@ func (h *Host) Run(ctx context.Context) error {
 			}
 		})
 	}
-	all.Go(func() { h.keep(ctx); h.expireLoop(ctx) })
+	all.Go(func() { h.keepLoop(ctx) })
+	all.Go(func() { h.expireLoop(ctx) })
 	all.Go(func() { h.Broker.TrimLoop(ctx) })
 	all.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -440,7 +442,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	}
 	req.Intended = h.undos.record(s.ID)
 	req.intend = func(undo json.RawMessage, ttl time.Duration) {
-		if err := h.undos.add(context.WithoutCancel(ctx), s, r.Name, Result{Undo: undo, TTL: ttl}, true); err != nil {
+		if err := h.undos.add(context.WithoutCancel(ctx), s, &r.Entry, Result{Undo: undo, TTL: ttl}, true); err != nil {
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
 		}
 	}
@@ -486,7 +488,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	ctx = context.WithoutCancel(ctx)
 	undo := status == broker.Done && res.Undo != nil
 	if undo {
-		if err := h.undos.add(ctx, s, r.Name, res, false); err != nil {
+		if err := h.undos.add(ctx, s, &r.Entry, res, false); err != nil {
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
 		}
 	} else if status == broker.Nothing || !req.Resumed {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -201,11 +202,32 @@ func missing(e Entry, local *node.Node) []string {
 	return local.Missing(e.Needs...)
 }
 
-// keep makes sure, once at the start, that what earlier processes did on this
-// node still holds, and says of what does not that it was lifted.
+// keepEvery is how often it is looked whether what was done on the node still
+// holds. What is gone by then is forgotten.
+const keepEvery = time.Hour
+
+// keepLoop looks at the start, after a pause, and every now and then.
+func (h *Host) keepLoop(ctx context.Context) {
+	tick := time.NewTicker(keepEvery)
+	defer tick.Stop()
+	for actor := "restart"; ; {
+		h.keep(ctx, actor)
+		select {
+		case <-ctx.Done():
+			return
+		case <-h.resumed:
+			actor = "resume"
+		case <-tick.C:
+			actor = "hourly look"
+		}
+	}
+}
+
+// keep makes sure that what was done on this node still holds, and says of what
+// does not that it was lifted.
 //
 // In audit mode, or while paused, nothing is put in force again.
-func (h *Host) keep(ctx context.Context) {
+func (h *Host) keep(ctx context.Context, actor string) {
 	if h.Guards.Mode != broker.Enforce || h.pause.Load().Paused {
 		return
 	}
@@ -221,26 +243,26 @@ func (h *Host) keep(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		h.keepOne(ctx, k, run, id, r)
+		h.keepOne(ctx, k, run, id, r, actor)
 	}
 }
 
-func (h *Host) keepOne(ctx context.Context, k Keeper, run *running, id string, r undo) {
+func (h *Host) keepOne(ctx context.Context, k Keeper, run *running, id string, r undo, actor string) {
 	if !h.undos.take(id) {
 		return // it is being taken back
 	}
 	defer h.undos.give(id)
-	o := r.outcome(id, "restart")
+	o := r.outcome(id, actor)
 	actCtx, cancel := h.deadline(ctx, run.Deadline)
 	defer cancel()
-	res, err := k.Keep(actCtx, &UndoRequest{ID: id, Target: r.Target, Record: r.Record, Actor: "restart"})
+	res, err := k.Keep(actCtx, &UndoRequest{ID: id, Target: r.Target, Record: r.Record, Actor: actor})
 	status, _, _, reason := classify(err)
 	switch {
 	case err == nil && res.Nothing:
-		h.Log.Info("what was done before the restart still holds", "step", id, "responder", r.Responder)
+		h.Log.Debug("what was done on the node still holds", "step", id, "responder", r.Responder)
 		return
 	case err == nil:
-		o.Status, o.Reason, o.Found, o.Undo = broker.Done, "in force again after the restart: "+res.Reason, res.Found, true
+		o.Status, o.Reason, o.Found, o.Undo = broker.Done, "in force again: "+res.Reason, res.Found, true
 	case status == broker.Nothing:
 		o.Status, o.Reason = broker.Undone, "lifted, not by stoop: "+reason
 		if err := h.undos.end(ctx, id); err != nil {
@@ -249,7 +271,7 @@ func (h *Host) keepOne(ctx context.Context, k Keeper, run *running, id string, r
 	case errors.Is(err, context.Canceled):
 		return
 	default:
-		o.Status, o.Reason = broker.Failed, "make sure after the restart that it still holds: "+reason
+		o.Status, o.Reason = broker.Failed, "make sure that it still holds: "+reason
 	}
 	h.record(o)
 }

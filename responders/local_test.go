@@ -272,6 +272,38 @@ func TestWhatIsKeptOverARestart(t *testing.T) {
 	}
 }
 
+// What is held is looked at again when a pause is over, and remembered for
+// longer than what is not the kernel's.
+func TestWhatIsKeptAfterAPause(t *testing.T) {
+	_, id := container(t)
+	asked := make(chan string, 10)
+	k := &keeper{keep: func(u *UndoRequest) (Result, error) { asked <- u.Actor; return Result{Nothing: true}, nil }}
+	k.do = func(int, *Request) (Result, error) { return Result{Undo: jsonRaw(`{"x":1}`)}, nil }
+	b := newBench(t, brokertest.New(t), localEntry("one", Harm, ContainerObject, k))
+	b.config.Env.Local = node.New(node.Config{})
+	b.start()
+	b.publish(b.alertStep("one", `{"container.id":"`+id[:12]+`"}`))
+	b.outcomes(1)
+	for _, paused := range []bool{true, false} {
+		if _, err := b.host.SetPause(t.Context(), paused, "somebody"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case actor := <-asked:
+		if actor != "resume" {
+			t.Errorf("asked by %s", actor)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it was not asked")
+	}
+	for _, r := range b.host.undos.kept() {
+		if !r.Local || r.over(time.Now().Add(100*undoKept)) {
+			t.Errorf("it is forgotten one day: %+v", r)
+		}
+	}
+}
+
 // A program in audit mode does not act at its start either.
 func TestNothingIsKeptInAuditMode(t *testing.T) {
 	_, id := container(t)

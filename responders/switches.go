@@ -88,6 +88,12 @@ func (h *Host) SetPause(ctx context.Context, paused bool, actor string) (Pause, 
 		p.Resumed = now
 	}
 	h.pause.Store(&p)
+	if !paused {
+		select {
+		case h.resumed <- struct{}{}:
+		default:
+		}
+	}
 	h.Log.Warn("acting is "+map[bool]string{true: "paused", false: "resumed"}[paused], "actor", actor)
 	if err := h.Broker.State().Put(ctx, keyPause, p, 0); err != nil {
 		return p, fmt.Errorf("it holds for now, but not over a restart: %w", err)

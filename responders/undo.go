@@ -26,6 +26,9 @@ type undo struct {
 	Due       time.Time       `json:"due,omitzero"` // when it is taken back by itself
 	Done      time.Time       `json:"done"`         // when the step was done
 	Undone    time.Time       `json:"undone,omitzero"`
+	// Local: it lives in this machine's kernel, and is remembered for as long as
+	// it does there.
+	Local bool `json:"local,omitempty"`
 	// Intended: it was about to be done, and may have been.
 	Intended bool `json:"intended,omitempty"`
 
@@ -55,7 +58,7 @@ func (r *undo) over(now time.Time) bool {
 	if !r.Undone.IsZero() {
 		return now.Sub(r.Undone) > undoneKept
 	}
-	return r.Due.IsZero() && now.Sub(r.Done) > undoKept
+	return r.Due.IsZero() && !r.Local && now.Sub(r.Done) > undoKept
 }
 
 // undos are all of them.
@@ -103,8 +106,10 @@ func (u *undos) dump(into map[string][]byte) {
 }
 
 // add stores how a step is taken back that was done, or is about to be.
-func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res Result, intended bool) error {
-	r := &undo{Responder: responder, Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo, Done: time.Now().UTC(), Intended: intended}
+func (u *undos) add(ctx context.Context, s *broker.Step, by *Entry, res Result, intended bool) error {
+	r := &undo{
+		Responder: by.Name, Local: by.local(), Rule: s.Rule, Alert: s.AlertID, Target: s.Target, Record: res.Undo, Done: time.Now().UTC(), Intended: intended,
+	}
 	if res.TTL > 0 {
 		r.Due = time.Now().Add(res.TTL).UTC()
 	}
@@ -114,7 +119,7 @@ func (u *undos) add(ctx context.Context, s *broker.Step, responder string, res R
 	maps.DeleteFunc(u.byID, func(_ string, r *undo) bool { return r.over(r.Done) || r.over(time.Now()) })
 	u.mu.Unlock()
 	ttl := undoKept
-	if res.TTL > 0 {
+	if res.TTL > 0 || r.Local {
 		ttl = 0 // until it has been taken back, however long that takes
 	}
 	select {
