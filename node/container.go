@@ -139,7 +139,7 @@ func (d *folder) key(name string) (bool, error) {
 // changed or, where it does not tell, after growing pauses of 0.05 to 5 ms.
 func (d *folder) await(ctx context.Context, ok func() (bool, error)) error {
 	if d.of.version != 2 {
-		for pause := 50 * time.Microsecond; ; pause = min(2*pause, 5*time.Millisecond) {
+		for pause := 50 * time.Microsecond; ; pause = min(pause+pause/4, 5*time.Millisecond) {
 			if is, err := ok(); is || err != nil {
 				return err
 			}
