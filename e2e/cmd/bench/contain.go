@@ -78,6 +78,13 @@ func v1() bool {
 	return err == nil
 }
 
+func version() string {
+	if v1() {
+		return "v1"
+	}
+	return "v2"
+}
+
 // ask has the kernel freeze the container or thaw it, and does not wait.
 func (c *container) ask(freeze bool) error {
 	file, value := "cgroup.freeze", map[bool]string{true: "1", false: "0"}
@@ -149,7 +156,7 @@ const (
 	// answerIn is how long an answer may take; it takes some 20 µs.
 	answerIn = 2 * time.Millisecond
 	// silentFor is for how long there is no answer before we believe it.
-	silentFor = 25 * time.Millisecond
+	silentFor = 10 * time.Millisecond
 	// soon bounds what takes milliseconds.
 	soon = 10 * time.Second
 )
