@@ -108,7 +108,7 @@ func (c *crowd) figure(what, responder, how string, stoop, bare []time.Duration)
 // account says where the time went, by stoop's own account, and makes sure that
 // each step was done.
 func (c *crowd) account(since time.Time, n int) {
-	type times struct{ received, stored, matched, requested, done []time.Duration }
+	type times struct{ stored, matched, requested, done []time.Duration }
 	by := map[string]*times{}
 	var undone []broker.Outcome
 	for _, o := range c.stoop.History() {
