@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,9 +17,13 @@ import (
 // its own loopback.
 var ErrNoLink = errors.New("it has no network link")
 
-// maxInside is how many links without an end on the host are looked after in one
-// namespace; a container with NET_ADMIN can make any number.
-const maxInside = 64
+// maxOutside and maxInside are how many links with and without an end on the host
+// are looked after in one namespace, those that came first: a container with
+// NET_ADMIN can make any number, and thousands of chains take seconds.
+const (
+	maxOutside = 256
+	maxInside  = 64
+)
 
 // Wire is a link of a pod.
 type Wire struct {
@@ -54,8 +59,8 @@ type Cut struct {
 	OneWay bool `json:"oneWay,omitempty"`
 	// NetAdmin says that the container holds NET_ADMIN, or could come to.
 	NetAdmin bool `json:"-"`
-	// Open are links that could only be cut inside the namespace, where somebody
-	// with NET_ADMIN kept stoop from it.
+	// Open are links that are not cut: they could only be inside the namespace, where
+	// somebody with NET_ADMIN kept stoop from it, or there are too many.
 	Open []string `json:"-"`
 }
 
@@ -339,7 +344,8 @@ type reached struct {
 	inside []*side // one a namespace
 	wired  []Wired
 	inHost int
-	open   []string // links that apply could do nothing about
+	beyond []string // links that are too many
+	open   []string // these, and those that apply could do nothing about
 }
 
 // reach opens the container's network for f.
@@ -370,10 +376,11 @@ func (n *Node) reachNetworks(ctx context.Context, nets []*Network, inHost int, f
 			return err
 		}
 		defer s.Close()
-		wires, err := wiresOf(s, r.host, w, hostNet)
+		wires, beyond, err := wiresOf(s, r.host, w, hostNet)
 		if err != nil {
 			return err
 		}
+		r.beyond = append(r.beyond, beyond...)
 		links += len(wires)
 		r.inside = append(r.inside, s)
 		r.wired = append(r.wired, Wired{Inode: w.Inode, Cookie: w.Cookie, PID: w.PID, Wires: wires})
@@ -384,38 +391,48 @@ func (n *Node) reachNetworks(ctx context.Context, nets []*Network, inHost int, f
 	return f(r)
 }
 
-// wiresOf are the namespace's links, those with an end on the host first.
-func wiresOf(s, host *side, w, hostNet *Network) ([]Wire, error) {
+// wiresOf are the namespace's links, those with an end on the host first, and the
+// names of those that are too many.
+func wiresOf(s, host *side, w, hostNet *Network) (wires []Wire, beyond []string, err error) {
 	links, err := s.route.links()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	hostInPod, err := s.route.numberOf(hostNet)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	podInHost, err := host.route.numberOf(w)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	// The one that the runtime made is older than all that the container did.
+	slices.SortFunc(links, func(a, b Link) int { return cmp.Compare(a.Index, b.Index) })
 	var outside, inside []Wire
 	for _, l := range links {
 		if l.Loopback {
 			continue
 		}
+		if len(outside) >= maxOutside && len(inside) >= maxInside {
+			beyond = append(beyond, l.Name)
+			continue
+		}
 		wire := Wire{Index: l.Index, Name: l.Name}
 		peer, ok, err := peerOf(l, host.route, podInHost, hostInPod)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if ok {
-			wire.Peer, wire.PeerName = peer.Index, peer.Name
+		wire.Peer, wire.PeerName = peer.Index, peer.Name
+		switch {
+		case ok && len(outside) < maxOutside:
 			outside = append(outside, wire)
-		} else if len(inside) < maxInside {
+		case !ok && len(inside) < maxInside:
 			inside = append(inside, wire)
+		default:
+			beyond = append(beyond, l.Name)
 		}
 	}
-	return append(outside, inside...), nil
+	return append(outside, inside...), beyond, nil
 }
 
 // apply commits what add makes of each hook, on the host and inside. That the
@@ -424,7 +441,7 @@ func wiresOf(s, host *side, w, hostNet *Network) ([]Wire, error) {
 // and a table of stoop's name that stoop may not touch, and must not keep the
 // others open by that. Without oneWay every link has both hooks on either side.
 func (r *reached) apply(oneWay bool, add func(*batch, hook)) error {
-	r.open = nil
+	r.open = slices.Clone(r.beyond)
 	both := func(b *batch, h hook, ingressIsOut bool) {
 		h.ingress, h.out = true, ingressIsOut
 		add(b, h)

@@ -477,6 +477,34 @@ func TestCutHoldsAgainstATableOfTheSameName(t *testing.T) {
 	}
 }
 
+// A pod with thousands of links is cut off the first ones as fast as any, and the
+// others are named.
+func TestCutOfManyLinks(t *testing.T) {
+	n := New(Config{})
+	p := newPod(t)
+	in := nodetest.Dial(t, p.net)
+	defer in.Close()
+	const many = 1000
+	for i := range many {
+		if err := in.Change(unix.RTM_NEWLINK, netlink.Create|netlink.Excl, make([]byte, unix.SizeofIfInfomsg), func(ae *netlink.AttributeEncoder) {
+			ae.String(unix.IFLA_IFNAME, fmt.Sprintf("m%d", i))
+			ae.Nested(unix.IFLA_LINKINFO, func(ae *netlink.AttributeEncoder) error {
+				ae.String(unix.IFLA_INFO_KIND, "bridge")
+				return nil
+			})
+		}); err != nil {
+			nodetest.Missing(t, "bridges: %v", err)
+		}
+	}
+	c := p.cutOff(t, n)
+	if len(c.Open) != many-maxInside || len(c.Wired[0].Wires) != maxInside+1 {
+		t.Errorf("%d links are open, %d cut", len(c.Open), len(c.Wired[0].Wires))
+	}
+	if p.datagram(t) || p.datagramIn(t) {
+		t.Error("a packet passes")
+	}
+}
+
 // The host's end is not all there is: a network plugin may redirect packets
 // before they get there.
 func TestCutHoldsInsideToo(t *testing.T) {

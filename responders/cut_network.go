@@ -303,7 +303,7 @@ func leftOpen(links []string, found map[string]string) string {
 		return ""
 	}
 	found["open"] = joinedFirst(links, 8)
-	return "; not on " + found["open"] + ", which have no end on the host, and inside its namespace somebody holds stoop's table: freeze it"
+	return "; not on " + found["open"] + ": its namespace has more links than stoop looks after, or somebody in there keeps stoop out: freeze it"
 }
 
 // prefixes are the ranges as the standard library has them.
