@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // T is the part of [testing.TB] that the harness uses. The bench, which is no
@@ -25,6 +27,13 @@ type T interface {
 }
 
 var _ T = testing.TB(nil)
+
+// Nap sleeps for as little as it is told to: time.Sleep takes a millisecond where
+// the kernel's timers are coarse. It holds a thread meanwhile.
+func Nap(d time.Duration) {
+	ts := unix.NsecToTimespec(int64(d))
+	_ = unix.Nanosleep(&ts, nil) // woken early: the caller looks early
+}
 
 // Eventually calls ok every interval until it reports true, and fails t with
 // what ok says it still waits for when that takes longer than within.

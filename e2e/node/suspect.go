@@ -204,7 +204,7 @@ func (s *suspect) watchFrozen() <-chan time.Time {
 	s.Helper()
 	freezers, out := s.freezers(), make(chan time.Time, 1)
 	go func() {
-		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(lookEvery) {
+		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); harness.Nap(lookEvery) {
 			if frozen(freezers) {
 				out <- time.Now()
 				return
@@ -263,7 +263,7 @@ func watchExiting(pids ...int) <-chan time.Time {
 	out := make(chan time.Time, 1)
 	go func() {
 		defer close(out)
-		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(lookEvery) {
+		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); harness.Nap(lookEvery) {
 			pids = slices.DeleteFunc(pids, exiting)
 			if len(pids) == 0 {
 				out <- time.Now()

@@ -184,11 +184,6 @@ func observe(look func(ready func()) (time.Time, error)) <-chan seen {
 	return out
 }
 
-func nap(d time.Duration) {
-	ts := unix.NsecToTimespec(int64(d))
-	_ = unix.Nanosleep(&ts, nil) // woken early: we look early
-}
-
 // watchFrozen tells when the kernel says that the container is frozen.
 func (c *container) watchFrozen() <-chan seen {
 	return observe(func(ready func()) (time.Time, error) {
@@ -198,7 +193,7 @@ func (c *container) watchFrozen() <-chan seen {
 		}
 		defer f.Close()
 		var b [256]byte
-		for deadline := time.Now().Add(soon); ; nap(lookEvery) {
+		for deadline := time.Now().Add(soon); ; harness.Nap(lookEvery) {
 			n, err := unix.Pread(int(f.Fd()), b[:], 0)
 			now := time.Now()
 			switch {
@@ -312,7 +307,7 @@ func (k *talk) watchSilent() <-chan seen {
 	return observe(func(ready func()) (time.Time, error) {
 		var lost time.Time
 		answers := 0
-		for deadline := time.Now().Add(soon); ; nap(askEvery) {
+		for deadline := time.Now().Add(soon); ; harness.Nap(askEvery) {
 			asked := time.Now()
 			if k.ask() {
 				lost = time.Time{}
