@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 )
 
 // Config is where the kernel is found. The zero value is this machine, seen from
@@ -31,6 +32,7 @@ type Node struct {
 	hierarchies []hierarchy
 	index       *index
 	clocks      *clocks
+	looks       atomic.Int32
 	noChildren  bool // the kernel lists no children, as far as a test is concerned
 }
 

@@ -298,15 +298,46 @@ func (p *Process) Wait(ctx context.Context) error {
 	})
 }
 
+// ofRootIn is how long looking at an executable may take, and ofRootMost how many
+// such looks may hang: the file system may be one that whoever runs the process
+// answers for.
+const (
+	ofRootIn   = 250 * time.Millisecond
+	ofRootMost = 32
+)
+
 // OfRoot reports whether it runs as root an executable that only root can have
-// put where it is: one of which the name says what it is.
+// put where it is: one of which the name says what it is. One that can't be looked
+// at in time may be: better one too many spared.
 func (p *Process) OfRoot() bool {
+	n := p.node
+	if n.looks.Add(1) > ofRootMost {
+		n.looks.Add(-1)
+		return true
+	}
+	is := make(chan bool, 1)
+	pid, exe := p.PID, p.Exe
+	go func() {
+		defer n.looks.Add(-1)
+		is <- n.ofRoot(pid, exe)
+	}()
+	late := time.NewTimer(ofRootIn)
+	defer late.Stop()
+	select {
+	case root := <-is:
+		return root
+	case <-late.C:
+		return true
+	}
+}
+
+func (n *Node) ofRoot(pid int, exePath string) bool {
 	var proc, exe, dir unix.Stat_t
-	if unix.Stat(p.node.procPath(p.PID, ""), &proc) != nil || unix.Stat(p.node.procPath(p.PID, "exe"), &exe) != nil {
+	if unix.Stat(n.procPath(pid, ""), &proc) != nil || unix.Stat(n.procPath(pid, "exe"), &exe) != nil {
 		return false
 	}
-	path := strings.TrimSuffix(p.Exe, " (deleted)")
-	if err := unix.Stat(filepath.Join(p.node.procPath(p.PID, "root"), filepath.Dir(path)), &dir); err != nil {
+	path := strings.TrimSuffix(exePath, " (deleted)")
+	if err := unix.Stat(filepath.Join(n.procPath(pid, "root"), filepath.Dir(path)), &dir); err != nil {
 		dir = unix.Stat_t{} // it was removed since, or replaced with its folder
 	}
 	const others = 0o022
