@@ -31,6 +31,9 @@ type Action struct {
 	Responder string          `json:"responder"`
 	Params    json.RawMessage `json:"params,omitempty"`
 	OnFailure OnFailure       `json:"onFailure,omitempty"`
+	// Approve is whether the step waits until a person approves it; nil: as its
+	// responder does where the rule says nothing.
+	Approve *bool `json:"approve,omitempty"`
 }
 
 // OnFailure is what becomes of the rest of a chain when a step fails.
@@ -84,6 +87,22 @@ type Step struct {
 	Found     []Finding    `json:"found,omitempty"`     // by the steps before
 	Remaining []Action     `json:"remaining,omitempty"` // after this one
 	Took      Took         `json:"took"`
+	Approved  *Approval    `json:"approved,omitempty"` // by a person who was asked
+}
+
+// Approval is a person's word that a step may be done.
+type Approval struct {
+	Actor string    `json:"actor"`
+	Time  time.Time `json:"time"`
+}
+
+// Since is when it became the step's turn by the word of somebody: of Falco, or of
+// the person who approved it. Deadlines count from it.
+func (s *Step) Since() time.Time {
+	if s.Approved != nil {
+		return s.Approved.Time
+	}
+	return s.Received
 }
 
 // Next is the step after s in its chain, nil if s is the last one. found is what
@@ -97,6 +116,7 @@ func (s *Step) Next(found ...Finding) *Step {
 	n.ID = StepID(s.AlertID, s.Rule, n.Position, "")
 	n.Action, n.Remaining = s.Remaining[0], s.Remaining[1:]
 	n.Found = append(slices.Clone(s.Found), found...)
+	n.Approved = nil // it was for this step alone
 	n.Took = Took{Stored: s.Took.Stored, Matched: s.Took.Matched}
 	return &n
 }

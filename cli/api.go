@@ -23,6 +23,9 @@ const (
 	apiPause   = "stoop.api.pause"
 	apiResume  = "stoop.api.resume"
 	apiUndo    = "stoop.api.undo"
+	apiApprove = "stoop.api.approve"
+	apiDeny    = "stoop.api.deny"
+	apiWaiting = "stoop.api.approvals"
 	apiHistory = "stoop.api.history"
 	apiPublish = "stoop.api.publish"
 	apiWatch   = "stoop.api.watch"
@@ -34,6 +37,14 @@ const headerMore = "Stoop-More"
 type undoRequest struct {
 	ID  string `json:"id,omitempty"`
 	All bool   `json:"all,omitempty"`
+	// With All: only the steps of this rule, and those done since then.
+	Rule  string    `json:"rule,omitempty"`
+	Since time.Time `json:"since,omitzero"`
+}
+
+// decision names the step that is approved or denied.
+type decision struct {
+	ID string `json:"id"`
 }
 
 // undoneAll answers a request to take everything back.
@@ -93,7 +104,7 @@ type desk struct {
 func (a *api) desks() []desk {
 	busy := fmt.Sprintf("%d requests are being answered: ask again later", apiMost)
 	return []desk{
-		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo}, apiMost, apiTimeout, busy},
+		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
 			map[string]answer{apiHistory: a.history},
@@ -186,9 +197,52 @@ func (a *api) undo(ctx context.Context, m *nats.Msg, actor string) (any, error) 
 	if !r.All {
 		return a.host.Undo(ctx, r.ID, actor)
 	}
-	all, err := a.host.UndoAll(ctx, actor)
+	all, err := a.host.UndoAll(ctx, r.Rule, r.Since, actor)
 	n := min(len(all), undoneMost)
 	return undoneAll{all[:n], len(all) - n}, err
+}
+
+func (a *api) approve(ctx context.Context, m *nats.Msg, actor string) (any, error) {
+	return decide(ctx, m, actor, a.host.Approve)
+}
+
+func (a *api) deny(ctx context.Context, m *nats.Msg, actor string) (any, error) {
+	return decide(ctx, m, actor, a.host.Deny)
+}
+
+func decide(ctx context.Context, m *nats.Msg, actor string, f func(ctx context.Context, id, actor string) (broker.Outcome, error)) (any, error) {
+	var d decision
+	if err := json.Unmarshal(m.Data, &d); err != nil {
+		return nil, fmt.Errorf("the request is {\"id\": the step's}: %w", err)
+	}
+	return f(ctx, d.ID, actor)
+}
+
+// waitingMost is how many approvals one answer holds, and waitingBytes their size.
+const (
+	waitingMost  = 100
+	waitingBytes = 512 << 10
+)
+
+// waiting answers which steps wait for approval.
+func (a *api) waiting(context.Context, *nats.Msg, string) (any, error) {
+	all := a.host.Approvals()
+	out := waitingAnswer{}
+	size := 0
+	for i, w := range all {
+		if size += len(w.Alert); i >= waitingMost || size > waitingBytes {
+			out.More = len(all) - i
+			break
+		}
+		out.Approvals = append(out.Approvals, w)
+	}
+	return out, nil
+}
+
+// waitingAnswer holds the steps that wait for approval, the oldest first.
+type waitingAnswer struct {
+	Approvals []responders.Approval `json:"approvals"`
+	More      int                   `json:"more,omitempty"` // that did not fit in here
 }
 
 func (a *api) watch(context.Context, *nats.Msg, string) (any, error) {

@@ -124,7 +124,7 @@ which it only says what it would do.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
-		p.historyCommand(), p.undoCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.versionCommand(),
+		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.versionCommand(),
 		p.childCommand(),
 	)
 	for _, c := range root.Commands() {

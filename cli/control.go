@@ -34,23 +34,36 @@ func (p *program) ask(cmd *cobra.Command, data, subject string, in, out any) err
 
 func (p *program) undoCommand() *cobra.Command {
 	var all bool
+	var rule string
+	var since time.Duration
 	cmd := &cobra.Command{
-		Use:     "undo (ID | --all)",
-		Short:   "Take a step back",
-		Long:    "Takes a step back: the isolation, the label, the freeze. stoop history shows\nthe ids of the steps that can be. It works while stoop is paused and, for what\nwas done on the node itself, without a cluster.",
-		Example: "  stoop undo 4f1c0e6f6a4de1d0a2b7\n  stoop undo --all",
+		Use:   "undo (ID | --all | --rule RULE)",
+		Short: "Take a step back, or many",
+		Long: "Takes a step back: the isolation, the label, the freeze. stoop history shows\nthe ids of the steps that can be. With --all it takes back every step that can\nbe, with --rule all those of a rule, the latest first; --since leaves the older\nones as they are. " +
+			"It works while stoop is paused and, for what was done on the\nnode itself, without a cluster.",
+		Example: "  stoop undo 4f1c0e6f6a4de1d0a2b7\n  stoop undo --rule isolate-on-drift --since 1h\n  stoop undo --all",
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 1 || all == (len(args) == 1) {
-				return errors.New("it takes the ID of a step, or --all")
+			many := all || rule != ""
+			switch {
+			case len(args) > 1 || many == (len(args) == 1):
+				return errors.New("it takes the ID of a step, or --all, or --rule RULE")
+			case since > 0 && !many:
+				return errors.New("--since goes with --all or --rule")
 			}
 			return nil
 		},
 	}
 	data := dataFlag(cmd)
 	cmd.Flags().BoolVar(&all, "all", false, "take back every step that can be, the latest first")
+	cmd.Flags().StringVar(&rule, "rule", "", "take back the steps of this `RULE` of rules.yaml")
+	cmd.Flags().DurationVar(&since, "since", 0, "only what was done in the last `DURATION`, such as 1h")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if all {
-			return p.undoAll(cmd, *data)
+		if len(args) == 0 {
+			var from time.Time
+			if since > 0 {
+				from = time.Now().Add(-since)
+			}
+			return p.undoAll(cmd, *data, undoRequest{All: true, Rule: rule, Since: from})
 		}
 		var o broker.Outcome
 		if err := p.ask(cmd, *data, apiUndo, undoRequest{ID: args[0]}, &o); err != nil {
@@ -62,9 +75,9 @@ func (p *program) undoCommand() *cobra.Command {
 	return cmd
 }
 
-func (p *program) undoAll(cmd *cobra.Command, data string) error {
+func (p *program) undoAll(cmd *cobra.Command, data string, what undoRequest) error {
 	var got undoneAll
-	if err := p.ask(cmd, data, apiUndo, undoRequest{All: true}, &got); err != nil {
+	if err := p.ask(cmd, data, apiUndo, what, &got); err != nil {
 		return err
 	}
 	failed := 0

@@ -159,6 +159,8 @@ func targetText(o broker.Outcome) string {
 		return clean(t.Pod)
 	case t.Container != "":
 		return "container " + clean(t.Container[:min(12, len(t.Container))])
+	case t.Resource != nil:
+		return clean(strings.Trim(t.Resource.Resource+" "+t.Resource.Namespace+"/"+t.Resource.Name, "/"))
 	case t.Host:
 		return "the host"
 	}

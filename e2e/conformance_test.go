@@ -78,12 +78,14 @@ func TestConformance(t *testing.T) {
 		},
 	}
 	for _, entry := range responders.All() {
-		if entry.Object != responders.PodObject {
+		switch entry.Object {
+		case responders.PodObject, responders.NodeObject, responders.ResourceObject:
+		default:
 			continue
 		}
 		c, ok := cases[entry.Name]
 		if !ok {
-			t.Errorf("responder %s acts on pods and has no case here", entry.Name)
+			t.Errorf("responder %s acts on the cluster and has no case here", entry.Name)
 			continue
 		}
 		c.Responder = entry.Name

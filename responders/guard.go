@@ -27,6 +27,7 @@ type Guards struct {
 
 	Cooldown time.Duration // per rule and object, from done on
 	MaxAge   time.Duration // an older alert is not acted on
+	Approval time.Duration // how long a step waits for a person
 
 	// Harmful steps at most, of those that go to the API server and of those
 	// that this node does by itself: a busy breaker of the one must not hold up
@@ -83,7 +84,9 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 		return "self", "a program that stoop started raised this alert"
 	case a.Time.IsZero():
 		return "age", "the alert has no time that can be read"
-	case now.Sub(a.Time) > g.MaxAge:
+	case s.Approved != nil && now.Sub(s.Approved.Time) > g.MaxAge:
+		return "age", fmt.Sprintf("it was approved %s ago, more than guard.maxAge (%s)", now.Sub(s.Approved.Time).Round(time.Second), g.MaxAge)
+	case s.Approved == nil && now.Sub(a.Time) > g.MaxAge:
 		return "age", fmt.Sprintf("the alert is %s old, more than guard.maxAge (%s)", now.Sub(a.Time).Round(time.Second), g.MaxAge)
 	case a.Time.Sub(now) > future:
 		return "age", fmt.Sprintf("the alert is from the future, by %s", a.Time.Sub(now).Round(time.Second))
@@ -117,6 +120,10 @@ func (g *Guards) protected(t alert.Target, pod *corev1.Pod) string {
 	switch {
 	case ns != "" && matchAny(g.Namespaces, ns):
 		return fmt.Sprintf("namespace %s is protected", ns)
+	case t.Resource != nil && matchAny(g.Namespaces, t.Resource.Namespace):
+		return fmt.Sprintf("namespace %s is protected", t.Resource.Namespace)
+	case t.Resource != nil && t.Resource.Resource == "namespaces" && matchAny(g.Namespaces, t.Resource.Name):
+		return fmt.Sprintf("namespace %s is protected", t.Resource.Name)
 	case g.Self.Pod != "" && ns == g.Self.Namespace && t.Pod == g.Self.Pod:
 		return "this is stoop's own pod"
 	case pod == nil:
@@ -181,6 +188,23 @@ func objectOf(t alert.Target) string {
 		return fmt.Sprintf("process/%d/%d", t.PID, t.PIDStart)
 	}
 	return "node/" + t.Node
+}
+
+// describe is the target in a sentence for people.
+func describe(t alert.Target) string {
+	switch r := t.Resource; {
+	case r != nil && r.Namespace != "":
+		return fmt.Sprintf("%s %s/%s", r.Resource, r.Namespace, r.Name)
+	case r != nil:
+		return r.Resource + " " + r.Name
+	case t.Pod != "":
+		return fmt.Sprintf("pod %s/%s", t.Namespace, t.Pod)
+	case t.Container != "":
+		return "container " + t.Container
+	case t.PID != 0:
+		return fmt.Sprintf("process %d", t.PID)
+	}
+	return "this node"
 }
 
 // ownerOf is the controller of the pod, or "" for a pod without one.

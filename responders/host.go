@@ -80,6 +80,7 @@ type Host struct {
 	ledger     *ledger // of what was done
 	rehearsal  *ledger // of what would have been done, in audit mode
 	undos      *undos
+	approvals  *approvals
 	pause      atomic.Pointer[Pause]
 	enforced   atomic.Pointer[enforced]
 	underway   sync.Map      // the ids of the steps being handled
@@ -152,7 +153,7 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 			return nil, err
 		}
 		r := &running{Entry: e, lane: map[string]int{}, missing: missing(e, c.Env.Local)}
-		if e.Object != PodObject || h.Env.Kube != nil {
+		if !e.cluster() || h.Env.Kube != nil {
 			r.act = e.New(h.Env)
 		}
 		h.responders[e.Name] = r
@@ -167,7 +168,10 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 		return nil, err
 	}
 	var err error
-	h.undos, err = loadUndos(ctx, c.Broker.State())
+	if h.undos, err = loadUndos(ctx, c.Broker.State()); err != nil {
+		return nil, err
+	}
+	h.approvals, err = loadApprovals(ctx, c.Broker.State())
 	return h, err
 }
 
@@ -186,6 +190,7 @@ func (h *Host) Run(ctx context.Context) error {
 	}
 	all.Go(func() { h.keepLoop(ctx) })
 	all.Go(func() { h.expireLoop(ctx) })
+	all.Go(func() { h.approvalLoop(ctx) })
 	all.Go(func() { h.Broker.TrimLoop(ctx) })
 	all.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -235,6 +240,9 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 	switch {
 	case again > 0:
 		h.retry(d, again)
+	case status == broker.AwaitingApproval:
+		// Its chain waits with it: see [Host.decide].
+		h.acknowledge(d)
 	case status != "":
 		if h.ledger.end(s.ID, status, Result{Reason: reason}, time.Now()) {
 			// It was begun, and its place is free again.
@@ -252,7 +260,7 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 // ahead reports whether the step after s is published before s is done: s tells
 // people, and the chain does not hang on whether that works.
 func ahead(r *running, s *broker.Step) bool {
-	return r.Kind == Notification && s.OnFailure != broker.Stop
+	return r.Kind == Notification && s.OnFailure != broker.Stop && !r.asks(s)
 }
 
 // prepare asks everything that is asked before an act, and fills in the request
@@ -268,7 +276,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 	now := time.Now()
 	begun := h.ledger.get(s.ID) != nil
 	if r.Kind != Harm {
-		if now.Sub(s.Received) > notifyFor {
+		if now.Sub(s.Since()) > notifyFor {
 			return broker.Expired, fmt.Sprintf("given up after %s", notifyFor), 0
 		}
 	} else if guard, why := h.Guards.trust(a, s, now); guard != "" {
@@ -290,7 +298,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		if mode == broker.Audit {
 			return broker.Audited, why, 0
 		}
-		return "", "", 0
+		return h.approval(ctx, r, req)
 	}
 	if p := h.paused(s); p != "" {
 		return h.suppress("pause", p)
@@ -310,10 +318,15 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		cancel()
 		if err != nil {
 			status, retry, after, reason := classify(err)
-			if retry && !(r.local() && now.Sub(s.Received) > localFor) {
+			if retry && !(r.local() && now.Sub(s.Since()) > localFor) {
 				return "", "", max(after, retryFirst)
 			}
 			return status, reason, 0
+		}
+	}
+	if mode == broker.Enforce {
+		if status, reason, again := h.approval(ctx, r, req); status != "" || again > 0 {
+			return status, reason, again
 		}
 	}
 	l := h.ledger
@@ -323,6 +336,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 	v := l.begin(s.ID, act{
 		Rule: s.Rule, Responder: s.Responder, Object: object(r, req), Namespace: req.Target.Namespace,
 		Owner: ownerOf(req.Pod), Urgent: a.Priority.Urgent(), Local: r.local(), Began: now,
+		Approved: s.Approved != nil,
 	}, &h.Guards, r.Instead != "", now)
 	switch {
 	case v.busy:
@@ -356,14 +370,18 @@ func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker
 	switch {
 	case r.Object == NoObject:
 		return "", "", 0
-	case r.Object != PodObject:
+	case !r.cluster():
 		missing, err = h.locate(ctx, r, req)
-	case s.Target.Host:
+	case r.Object == PodObject && s.Target.Host:
 		return broker.Refused, "the host raised the alert: there is no pod", 0
-	case h.Pods == nil && mode == broker.Audit:
-		return broker.Audited, "no cluster: the pod could not be looked up", 0
-	case h.Pods == nil:
+	case r.Object == ResourceObject && (s.Target.Resource == nil || s.Target.Resource.Name == ""):
+		err = errNoResource
+	case (h.Pods == nil || r.act == nil) && mode == broker.Audit:
+		return broker.Audited, "no cluster: " + r.Object.String() + " could not be looked up", 0
+	case h.Pods == nil || r.act == nil:
 		return broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
+	case r.Object == NodeObject, r.Object == ResourceObject:
+		return "", "", 0
 	default:
 		req.Pod, req.Target, err = h.Pods.Resolve(ctx, s.Target)
 	}
@@ -544,6 +562,9 @@ func (h *Host) finish(ctx context.Context, d *broker.Delivery, r *running, statu
 	failpoint.Hit("host.after-next")
 	o := s.Outcome(status, res.Reason)
 	o.Found, o.Undo = res.Found, undo
+	if s.Approved != nil {
+		o.Actor = s.Approved.Actor
+	}
 	h.record(o)
 	failpoint.Hit("host.before-ack")
 	h.Ended.add(s.ID)

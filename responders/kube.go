@@ -5,10 +5,12 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/gentype"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/flowcontrol"
@@ -22,6 +24,9 @@ import (
 type Kube struct {
 	core, networking rest.Interface
 	params           runtime.ParameterCodec
+	dynamic          dynamic.Interface
+	config           *rest.Config
+	served           served
 }
 
 // NewKube reaches the API server as configured. All its requests share one
@@ -30,7 +35,7 @@ type Kube struct {
 func NewKube(c *rest.Config) (*Kube, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme, policyv1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			return nil, fmt.Errorf("client for the API server: %w", err)
 		}
@@ -49,7 +54,10 @@ func NewKube(c *rest.Config) (*Kube, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client for the API server: %w", err)
 	}
-	k := &Kube{params: runtime.NewParameterCodec(scheme)}
+	k := &Kube{params: runtime.NewParameterCodec(scheme), config: c}
+	if k.dynamic, err = dynamic.NewForConfigAndClient(c, http); err != nil {
+		return nil, fmt.Errorf("client for the API server: %w", err)
+	}
 	for _, g := range []struct {
 		gv     schema.GroupVersion
 		path   string
@@ -67,6 +75,17 @@ func NewKube(c *rest.Config) (*Kube, error) {
 		*g.client = client
 	}
 	return k, nil
+}
+
+// Dynamic reaches objects of any kind, in JSON; [Kube.Resource] and [Kube.OfKind]
+// say how a kind is served. It is for what is not done often: the typed clients
+// below are faster.
+func (k *Kube) Dynamic() dynamic.Interface { return k.dynamic }
+
+// Nodes are the cluster's.
+func (k *Kube) Nodes() *gentype.ClientWithList[*corev1.Node, *corev1.NodeList] {
+	return gentype.NewClientWithList("nodes", k.core, k.params, "",
+		func() *corev1.Node { return &corev1.Node{} }, func() *corev1.NodeList { return &corev1.NodeList{} })
 }
 
 // Pods are those of a namespace; "" is all of them.

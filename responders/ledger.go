@@ -24,7 +24,8 @@ type act struct {
 	Namespace string            `json:"namespace,omitempty"`
 	Owner     string            `json:"owner,omitempty"`
 	Urgent    bool              `json:"urgent,omitempty"`
-	Local     bool              `json:"local,omitempty"` // done by this node itself
+	Local     bool              `json:"local,omitempty"`    // done by this node itself
+	Approved  bool              `json:"approved,omitempty"` // by a person: no limit holds it back
 	Began     time.Time         `json:"began"`
 	Ended     time.Time         `json:"ended,omitzero"`
 	Status    broker.Status     `json:"status,omitempty"` // "" until it is known
@@ -259,9 +260,14 @@ func (l *ledger) begin(id string, a act, g *Guards, instead bool, now time.Time)
 		if b.Status == "" {
 			return verdict{busy: true}
 		}
-		if left := g.Cooldown - now.Sub(b.Ended); b.Status == broker.Done && left > 0 {
-			return verdict{guard: "cooldown", reason: fmt.Sprintf("cooldown: this rule did this here %s ago, and will again in %s", ago(now.Sub(b.Ended)), ago(left))}
+		if reason := b.cooling(g, now); reason != "" && !a.Approved {
+			return verdict{guard: "cooldown", reason: reason}
 		}
+	}
+	if a.Approved {
+		// A person has decided: it is counted, and held back by nothing that counts.
+		l.add(id, &a)
+		return verdict{}
 	}
 	if instead && a.Owner != "" {
 		if n := l.count(a.ownerKey(), now, ownerWindow); n >= ownerDeletes {
@@ -283,6 +289,25 @@ func (l *ledger) begin(id string, a act, g *Guards, instead bool, now time.Time)
 	}
 	l.add(id, &a)
 	return verdict{}
+}
+
+// cooling is why what was done is not done again yet, or "".
+func (a *act) cooling(g *Guards, now time.Time) string {
+	left := g.Cooldown - now.Sub(a.Ended)
+	if a.Status != broker.Done || left <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("cooldown: this rule did this here %s ago, and will again in %s", ago(now.Sub(a.Ended)), ago(left))
+}
+
+// cooling is why a person is not asked yet about doing the same again, or "".
+func (l *ledger) cooling(a act, g *Guards, now time.Time) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b := l.acts[l.last[a.objectKey()]]; b != nil {
+		return b.cooling(g, now)
+	}
+	return ""
 }
 
 // limit is one bound on the blast radius.

@@ -17,10 +17,11 @@ import (
 
 // errHost and errNoSuspect are refusals of steps that have nothing to act on.
 var (
-	errHost      = Refuse("the host itself raised the alert: there is no container")
-	errNotHost   = Refuse("a container raised the alert: this responder is for the host's own")
-	errNoSuspect = Refuse("the alert names no container: let Falco's append_output add container.id (docs/falco.md)")
-	errNoProcess = Refuse("the alert names no process: let Falco's append_output add proc.pid and proc.pid.ts (docs/falco.md)")
+	errHost       = Refuse("the host itself raised the alert: there is no container")
+	errNotHost    = Refuse("a container raised the alert: this responder is for the host's own")
+	errNoSuspect  = Refuse("the alert names no container: let Falco's append_output add container.id (docs/falco.md)")
+	errNoResource = Refuse("the alert names no object of the cluster: only Kubernetes audit events do (ka.target.resource, ka.target.name)")
+	errNoProcess  = Refuse("the alert names no process: let Falco's append_output add proc.pid and proc.pid.ts (docs/falco.md)")
 )
 
 // locate finds what a step of this node's own responders acts on, and proves it
@@ -190,6 +191,11 @@ func object(r *running, req *Request) string {
 		return fmt.Sprintf("process/%d/%d", req.Process.PID, req.Process.Start)
 	case req.Container != nil:
 		return "container/" + req.Container.ID
+	case r.Object == NodeObject:
+		return "node"
+	case r.Object == ResourceObject:
+		t := req.Target.Resource
+		return "resource/" + t.Resource + "/" + t.Namespace + "/" + t.Name
 	}
 	return objectOf(req.Target)
 }

@@ -261,7 +261,7 @@ func TestWhatIsKeptOverARestart(t *testing.T) {
 					t.Errorf("outcome %+v, want %s", o, c.status)
 				}
 			}
-			all, err := b.host.UndoAll(t.Context(), "somebody")
+			all, err := b.host.UndoAll(t.Context(), "", time.Time{}, "somebody")
 			if err != nil || (len(all) == 1) != c.undo {
 				t.Fatalf("undo all: %+v, %v", all, err)
 			}
@@ -336,7 +336,7 @@ func TestUndoAllGoesOn(t *testing.T) {
 		b.publish(b.step(r))
 	}
 	b.outcomes(3)
-	all, err := b.host.UndoAll(t.Context(), "somebody")
+	all, err := b.host.UndoAll(t.Context(), "", time.Time{}, "somebody")
 	if err != nil || len(all) != 3 {
 		t.Fatalf("%+v, %v", all, err)
 	}
@@ -345,7 +345,7 @@ func TestUndoAllGoesOn(t *testing.T) {
 			t.Errorf("%s: %s (%s), want %s", o.Responder, o.Status, o.Reason, want)
 		}
 	}
-	if all, err = b.host.UndoAll(t.Context(), "somebody"); err != nil || len(all) != 1 {
+	if all, err = b.host.UndoAll(t.Context(), "", time.Time{}, "somebody"); err != nil || len(all) != 1 {
 		t.Errorf("once more: %+v, %v", all, err)
 	}
 }

@@ -67,11 +67,11 @@ type Undoer interface {
 // documentation, the chart and the host need to know of it.
 type Entry struct {
 	Name   string
-	Doc    string             // one sentence: what it does
-	Notes  string             // what to mind; for the documentation
-	Params *param.Description // with the defaults that are used
-	RBAC   []rbacv1.PolicyRule
-	Needs  []node.Need // of the machine, where it acts on the node itself
+	Doc    string              // one sentence: what it does
+	Notes  string              // what to mind; for the documentation
+	Params *param.Description  // with the defaults that are used
+	RBAC   []rbacv1.PolicyRule // with any parameters
+	Needs  []node.Need         // of the machine, where it acts on the node itself
 	Kind   Kind
 	Object Object // what a step of it acts on
 	// Deadline bounds one try of a step.
@@ -79,6 +79,12 @@ type Entry struct {
 	// Instead names the responder that takes the step's place when the
 	// owner's limit holds it back.
 	Instead string
+	// Approve reports whether a step with these parameters waits until a person
+	// approves it, where its rule does not say; nil: none does.
+	Approve func(params json.RawMessage) bool
+	// Grants are the permissions that a step with these parameters needs; nil:
+	// they are RBAC, whatever the parameters.
+	Grants func(params json.RawMessage) []rbacv1.PolicyRule
 	// Lane names the destination that a step goes to, so that a hanging one
 	// holds up no other; nil means that all steps share one.
 	Lane func(params json.RawMessage) string
@@ -115,7 +121,33 @@ const (
 	// HostObject is something of the host itself: only alerts of the host
 	// (container.id: host) have one.
 	HostObject
+	// NodeObject is the Kubernetes node that stoop runs on and the alert came
+	// from, [Env.Node].
+	NodeObject
+	// ResourceObject is what a Kubernetes audit event is about.
+	ResourceObject
 )
+
+// String is the object as it stands in a sentence.
+func (o Object) String() string {
+	switch o {
+	case PodObject:
+		return "the pod"
+	case ContainerObject:
+		return "the container"
+	case ProcessObject:
+		return "the process"
+	case SuspectObject:
+		return "the suspect"
+	case HostObject:
+		return "the host"
+	case NodeObject:
+		return "the node"
+	case ResourceObject:
+		return "the object"
+	}
+	return "nothing"
+}
 
 // Env is what responders are built with.
 type Env struct {
@@ -162,7 +194,12 @@ func (r *Request) Intend(undo json.RawMessage, ttl time.Duration) {
 
 // local reports whether its steps act on this node, without the API server, and
 // so have a budget of their own.
-func (e *Entry) local() bool { return e.Object != PodObject }
+func (e *Entry) local() bool { return !e.cluster() }
+
+// cluster reports whether its steps act on an object of the API server's.
+func (e *Entry) cluster() bool {
+	return e.Object == PodObject || e.Object == NodeObject || e.Object == ResourceObject
+}
 
 // Decode reads the step's parameters over the defaults in params.
 func (r *Request) Decode(params any) error { return param.Decode(r.Step.Params, params) }

@@ -16,6 +16,7 @@ func (h *Host) Dump() map[string][]byte {
 	all := map[string][]byte{}
 	h.ledger.dump(all)
 	h.undos.dump(all)
+	h.approvals.dump(all)
 	put(all, keyPause, h.pause.Load())
 	put(all, keyEnforced, h.enforced.Load())
 	return all
@@ -107,7 +108,7 @@ func (h *Host) paused(s *broker.Step) string {
 	switch {
 	case p.Paused:
 		return fmt.Sprintf("paused by %s since %s", p.Actor, p.Since.Format(time.RFC3339))
-	case s.Received.Before(p.Resumed):
+	case s.Since().Before(p.Resumed):
 		return fmt.Sprintf("the alert came while stoop was paused (until %s)", p.Resumed.Format(time.RFC3339))
 	}
 	return ""

@@ -287,10 +287,12 @@ func (h *Host) undo(ctx context.Context, id, actor string) (broker.Outcome, erro
 	return o, nil
 }
 
-// UndoAll takes back every step that can be, the latest first. What can't be
-// taken back here is said in its outcome, and the rest goes on.
-func (h *Host) UndoAll(ctx context.Context, actor string) ([]broker.Outcome, error) {
+// UndoAll takes back every step that can be, the latest first: of one rule, or of
+// all of them with rule "", and not those done before since. What can't be taken
+// back here is said in its outcome, and the rest goes on.
+func (h *Host) UndoAll(ctx context.Context, rule string, since time.Time, actor string) ([]broker.Outcome, error) {
 	all := h.undos.kept()
+	maps.DeleteFunc(all, func(_ string, r undo) bool { return rule != "" && r.Rule != rule || r.Done.Before(since) })
 	ids := slices.SortedFunc(maps.Keys(all), func(a, b string) int { return all[b].Done.Compare(all[a].Done) })
 	var out []broker.Outcome
 	for _, id := range ids {

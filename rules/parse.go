@@ -356,8 +356,20 @@ func (p *parser) onFailure(n, key *yaml.Node) broker.OnFailure {
 	return broker.OnFailure(s)
 }
 
+func (p *parser) approve(n, key *yaml.Node) *bool {
+	s, ok := p.scalar(n, key)
+	if !ok {
+		return nil
+	}
+	if v := param.Resolve(n); v.ShortTag() != "!!bool" {
+		p.bad(n, "%s", param.Unknown("approve", s, []string{"true", "false"}))
+		return nil
+	}
+	return new(s == "true" || s == "True" || s == "TRUE")
+}
+
 // action reads one entry of actions: the name of a responder, or a mapping of
-// it to its parameters with, at most, onFailure beside it.
+// it to its parameters with, at most, onFailure and approve beside it.
 func (p *parser) action(n *yaml.Node) (broker.Action, bool) {
 	v := param.Resolve(n)
 	switch {
@@ -373,9 +385,14 @@ func (p *parser) action(n *yaml.Node) (broker.Action, bool) {
 	type entry struct{ key, value *yaml.Node }
 	var responders []entry
 	var onFailure broker.OnFailure
+	var approve *bool
 	wrong := param.Keys(n, func(kn, value *yaml.Node) {
-		if param.Resolve(kn).Value == "onFailure" {
+		switch param.Resolve(kn).Value {
+		case "onFailure":
 			onFailure = p.onFailure(value, kn)
+			return
+		case "approve":
+			approve = p.approve(value, kn)
 			return
 		}
 		responders = append(responders, entry{kn, value})
@@ -392,7 +409,7 @@ func (p *parser) action(n *yaml.Node) (broker.Action, bool) {
 		p.second(param.Resolve(first.key).Value, e.key)
 	}
 	a, ok := p.respond(n, first.key, first.value)
-	a.OnFailure = onFailure
+	a.OnFailure, a.Approve = onFailure, approve
 	return a, ok
 }
 
@@ -411,7 +428,7 @@ func (p *parser) second(responder string, key *yaml.Node) {
 		p.bad(key, "each action is an entry of its own: begin this one with \"- %s\"", name)
 		return
 	}
-	p.bad(key, "unknown key %s beside %s: only onFailure may stand here", param.Cut(name), responder)
+	p.bad(key, "unknown key %s beside %s: only onFailure and approve may stand here", param.Cut(name), responder)
 }
 
 func (p *parser) respond(n, key, params *yaml.Node) (broker.Action, bool) {

@@ -8,6 +8,7 @@ package conformance
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -66,6 +67,10 @@ type Case struct {
 	// responder effects may be nil: then what it wrote to the API server is
 	// counted.
 	Params func(t testing.TB) (params string, effects func() int)
+	// Prepare makes what the step is about besides the pod, and returns further
+	// fields of the alert; for what acts on the cluster. The kind of alert is
+	// Kubernetes' audit log's where it names a ka.target.resource.
+	Prepare func(t testing.TB, w World, pod *corev1.Pod) map[string]any
 	// Done fails the test unless the pod is as a step that was done leaves it.
 	Done func(t testing.TB, w World, pod *corev1.Pod)
 	// Undone fails the test unless it is as before. For what can be undone.
@@ -108,6 +113,7 @@ func Run(t *testing.T, c Case) {
 		entry.New = c.New
 	}
 	pod := entry.Object == responders.PodObject
+	cluster := pod || entry.Object == responders.NodeObject || entry.Object == responders.ResourceObject
 	harm := entry.Kind == responders.Harm
 	partOf := func(t *testing.T, name string, f func(t *testing.T, r *rig)) {
 		t.Run(name, func(t *testing.T) {
@@ -136,7 +142,7 @@ func Run(t *testing.T, c Case) {
 			t.Errorf("a second run of the step, as after a crash, acted again: %d times in all, %d before; %v", got, effects, r.net.writes())
 		}
 		r.done()
-		if (pod || c.Suspect != nil) && harm {
+		if (cluster || c.Suspect != nil) && harm {
 			// And as a further try in the same process, which looks at what
 			// it knew before.
 			if _, err := r.act(t.Context(), s, false); err != nil && !gone(err) {
@@ -156,7 +162,7 @@ func Run(t *testing.T, c Case) {
 			t.Errorf("with a context that is over it acted %d times: %v", n, r.net.writes())
 		}
 	})
-	if entry.Object == responders.PodObject || entry.Kind == responders.Notification {
+	if cluster || entry.Kind == responders.Notification {
 		part("hanging", func(t *testing.T, r *rig) {
 			r.entry.Deadline = 100 * time.Millisecond
 			r.start()
@@ -252,6 +258,8 @@ func Run(t *testing.T, c Case) {
 			r.want(s, broker.Nothing)
 			r.untouched(next)
 		})
+	}
+	if cluster {
 		t.Run("forbidden", func(t *testing.T) {
 			t.Parallel()
 			var written []write
@@ -261,6 +269,9 @@ func Run(t *testing.T, c Case) {
 				r.want(r.step(), broker.Done)
 				written = r.net.writes()
 			})
+			if entry.Kind == responders.Evidence {
+				return // it reads
+			}
 			seen := map[string]bool{}
 			for _, w := range written {
 				name := w.verb + " " + w.resource
@@ -272,7 +283,11 @@ func Run(t *testing.T, c Case) {
 					r.start()
 					r.world.Forbid(t, w.verb, w.group, w.resource)
 					o := r.want(r.step(), broker.Failed)
-					for _, word := range []string{w.verb, w.resource, r.namespace} {
+					where := w.namespace
+					if where == "" {
+						where = "whole cluster"
+					}
+					for _, word := range []string{w.verb, w.resource, where} {
 						if !strings.Contains(o.Reason, word) {
 							t.Errorf("the reason does not name %q: %s", word, o.Reason)
 						}
@@ -299,7 +314,7 @@ func Run(t *testing.T, c Case) {
 			}
 			r.undone()
 		})
-		if pod {
+		if cluster {
 			part("undo of a step whose answers were lost", func(t *testing.T, r *rig) {
 				h := r.start()
 				s := r.step()
@@ -334,6 +349,9 @@ func Run(t *testing.T, c Case) {
 			})
 			return
 		}
+		if !pod {
+			return
+		}
 		part("undo of a pod that was replaced", func(t *testing.T, r *rig) {
 			h := r.start()
 			s := r.step()
@@ -355,6 +373,8 @@ type rig struct {
 	entry     responders.Entry
 	world     World
 	namespace string
+	node      string
+	fields    map[string]any
 	pod       *corev1.Pod
 	suspect   *Suspect
 	params    string
@@ -377,10 +397,23 @@ type rig struct {
 
 func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 	r := &rig{
-		t: t, c: c, entry: entry, world: c.World(t), namespace: "shop", news: make(chan struct{}),
-		guards: responders.Guards{Mode: broker.Enforce, Node: node, MaxAge: 10 * time.Minute},
-		net:    &network{},
+		t: t, c: c, entry: entry, world: c.World(t), namespace: "shop", node: node, news: make(chan struct{}),
+		net: &network{},
 	}
+	if entry.Object == responders.NodeObject {
+		r.node = "node-" + strings.ToLower(rand.Text()[:8])
+		if _, err := r.world.Admin().CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: r.node}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), deadline)
+			defer cancel()
+			if err := r.world.Admin().CoreV1().Nodes().Delete(ctx, r.node, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+				t.Error(err)
+			}
+		})
+	}
+	r.guards = responders.Guards{Mode: broker.Enforce, Node: r.node, MaxAge: 10 * time.Minute, Approval: time.Hour}
 	if c.Namespace != nil {
 		r.namespace = c.Namespace(t, r.world)
 	}
@@ -405,6 +438,14 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 		}
 	}
 	r.pod = r.newPod("web-0")
+	if c.Prepare != nil {
+		r.fields = c.Prepare(t, r.world, r.pod)
+		now, err := r.world.Admin().CoreV1().Pods(r.namespace).Get(t.Context(), r.pod.Name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.pod = now
+	}
 	return r
 }
 
@@ -421,7 +462,7 @@ func (r *rig) start() *responders.Host {
 	}
 	watching, stopWatching := context.WithCancel(ctx)
 	r.watching, r.watched = stopWatching, make(chan struct{})
-	r.pods = responders.NewPods(watcher, node, log)
+	r.pods = responders.NewPods(watcher, r.node, log)
 	go func() {
 		defer close(r.watched)
 		r.pods.Run(watching)
@@ -436,7 +477,7 @@ func (r *rig) start() *responders.Host {
 	env := responders.Env{
 		Local: r.local, Evidence: store,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
-		Node: node, Cluster: "test", Data: t.TempDir(), Log: log,
+		Node: r.node, Cluster: "test", Data: t.TempDir(), Log: log,
 	}
 	r.responder = r.entry.New(env)
 	h, err := responders.NewHost(ctx, responders.Config{
@@ -509,8 +550,13 @@ func (r *rig) step() *broker.Step {
 			fields["proc.pid"], fields["proc.pid.ts"] = r.suspect.PID, r.suspect.Start
 		}
 	}
+	source := "syscall"
+	if r.fields["ka.target.resource"] != nil {
+		source, fields = "k8s_audit", map[string]any{}
+	}
+	maps.Copy(fields, r.fields)
 	line, err := json.Marshal(map[string]any{
-		"hostname": node, "priority": "Critical", "rule": "Conformance", "source": "syscall",
+		"hostname": r.node, "priority": "Critical", "rule": "Conformance", "source": source,
 		"time": now.Format(time.RFC3339Nano), "output": "<!channel> see https://example.com/ \"`$(id)`",
 		"output_fields": fields,
 	})
@@ -519,7 +565,9 @@ func (r *rig) step() *broker.Step {
 	}
 	s := &broker.Step{
 		AlertID: string(uuid.NewUUID()), Alert: line, Received: now, Origin: broker.OriginFIFO,
-		Rule: "conformance", Mode: broker.Enforce, Action: broker.Action{Responder: r.entry.Name},
+		Rule: "conformance", Mode: broker.Enforce,
+		// The suite's concern is the act: that a person is asked has a test of its own.
+		Action: broker.Action{Responder: r.entry.Name, Approve: new(false)},
 	}
 	if r.params != "" {
 		s.Params = json.RawMessage(r.params)
@@ -676,7 +724,7 @@ func (r *rig) newPod(name string) *corev1.Pod {
 	pod, err := pods.Create(ctx, &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": "web"}},
 		Spec: corev1.PodSpec{
-			NodeName:   node,
+			NodeName:   r.node,
 			Containers: []corev1.Container{{Name: "main", Image: "example.com/main:1"}},
 		},
 	}, metav1.CreateOptions{})
@@ -727,7 +775,7 @@ func until(t testing.TB, what string, is func() bool) {
 }
 
 // write is a request that changes something.
-type write struct{ verb, group, resource, name string }
+type write struct{ verb, group, resource, namespace, name string }
 
 // network stands between a responder and everything else: it notes what is
 // written and can stop answering.
@@ -798,7 +846,7 @@ func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if c, ok := read(req); ok && req.Method != http.MethodGet {
 		p.n.mu.Lock()
-		w := write{c.verb, c.group, c.resource, c.name}
+		w := write{c.verb, c.group, c.permission(), c.namespace, c.name}
 		p.n.written = append(p.n.written, w)
 		p.n.mu.Unlock()
 		if p.n.loses(w) {

@@ -102,6 +102,85 @@ type call struct {
 	group, resource, namespace, name, subresource, verb string
 }
 
+// permission is the resource as RBAC names it.
+func (c call) permission() string {
+	if c.subresource != "" {
+		return c.resource + "/" + c.subresource
+	}
+	return c.resource
+}
+
+// kinds are the resources that the server knows the kind of, by what it is asked
+// for; a name with a group behind it is that group's.
+var kinds = []struct {
+	group, resource, kind string
+	cluster, scale        bool
+}{
+	{"", "pods", "Pod", false, false},
+	{"", "nodes", "Node", true, false},
+	{"", "namespaces", "Namespace", true, false},
+	{"", "configmaps", "ConfigMap", false, false},
+	{"", "secrets", "Secret", false, false},
+	{"", "events", "Event", false, false},
+	{"", "serviceaccounts", "ServiceAccount", false, false},
+	{"networking.k8s.io", "networkpolicies", "NetworkPolicy", false, false},
+	{"apps", "deployments", "Deployment", false, true},
+	{"apps", "replicasets", "ReplicaSet", false, true},
+	{"apps", "statefulsets", "StatefulSet", false, true},
+	{"apps", "daemonsets", "DaemonSet", false, false},
+	{"batch", "jobs", "Job", false, false},
+	{"policy", "poddisruptionbudgets", "PodDisruptionBudget", false, false},
+	{"coordination.k8s.io", "leases", "Lease", false, false},
+	{"rbac.authorization.k8s.io", "roles", "Role", false, false},
+	{"rbac.authorization.k8s.io", "rolebindings", "RoleBinding", false, false},
+	{"rbac.authorization.k8s.io", "clusterroles", "ClusterRole", true, false},
+	{"rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding", true, false},
+	{"autoscaling", "horizontalpodautoscalers", "HorizontalPodAutoscaler", false, false},
+}
+
+func kindOf(resource string) string {
+	for _, k := range kinds {
+		if k.resource == resource {
+			return k.kind
+		}
+	}
+	return ""
+}
+
+// discover answers what a group holds.
+func discover(path string) (any, bool) {
+	p := strings.Split(strings.Trim(path, "/"), "/")
+	group := ""
+	switch {
+	case len(p) == 2 && p[0] == "api" && p[1] == "v1":
+	case len(p) == 2 && p[0] == "apis", len(p) == 3 && p[0] == "apis" && p[2] == "v1":
+		group = p[1]
+	default:
+		return nil, false
+	}
+	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{Kind: "APIResourceList", APIVersion: "v1"}, GroupVersion: strings.TrimPrefix(group+"/v1", "/")}
+	for _, k := range kinds {
+		if k.group != group {
+			continue
+		}
+		list.APIResources = append(list.APIResources, metav1.APIResource{Name: k.resource, Kind: k.kind, Namespaced: !k.cluster})
+		if k.scale {
+			list.APIResources = append(list.APIResources, metav1.APIResource{Name: k.resource + "/scale", Kind: "Scale", Namespaced: true})
+		}
+	}
+	if list.APIResources == nil {
+		return nil, false
+	}
+	if len(p) == 2 && p[0] == "apis" {
+		v := metav1.GroupVersionForDiscovery{GroupVersion: group + "/v1", Version: "v1"}
+		return metav1.APIGroup{
+			TypeMeta: metav1.TypeMeta{Kind: "APIGroup", APIVersion: "v1"},
+			Name:     group, Versions: []metav1.GroupVersionForDiscovery{v}, PreferredVersion: v,
+		}, true
+	}
+	return list, true
+}
+
 func read(r *http.Request) (call, bool) {
 	var c call
 	p := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
@@ -113,6 +192,7 @@ func read(r *http.Request) (call, bool) {
 	default:
 		return c, false
 	}
+	// A namespace's own subresources are not asked for.
 	if len(p) > 2 && p[0] == "namespaces" {
 		c.namespace, p = p[1], p[2:]
 	}
@@ -145,6 +225,10 @@ func read(r *http.Request) (call, bool) {
 }
 
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if answer, ok := discover(r.URL.Path); ok {
+		reply(w, http.StatusOK, answer)
+		return
+	}
 	c, ok := read(r)
 	if !ok {
 		reply(w, http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, "there is no such path"))
@@ -156,14 +240,18 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
 	s.mu.Lock()
-	forbidden := token == stoopToken && s.forbidden[c.verb+" "+c.resource]
+	forbidden := token == stoopToken && s.forbidden[c.verb+" "+c.permission()]
 	s.mu.Unlock()
 	switch {
 	case token != stoopToken && token != adminToken:
 		reply(w, http.StatusUnauthorized, status(http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "Unauthorized"))
 	case forbidden:
-		st := status(http.StatusForbidden, metav1.StatusReasonForbidden, fmt.Sprintf("%s %q is forbidden: User %q cannot %s resource %q in API group %q in the namespace %q",
-			c.resource, c.name, stoopUser, c.verb, c.resource, c.group, c.namespace))
+		where := "at the cluster scope"
+		if c.namespace != "" {
+			where = fmt.Sprintf("in the namespace %q", c.namespace)
+		}
+		st := status(http.StatusForbidden, metav1.StatusReasonForbidden, fmt.Sprintf("%s %q is forbidden: User %q cannot %s resource %q in API group %q %s",
+			c.resource, c.name, stoopUser, c.verb, c.permission(), c.group, where))
 		reply(w, http.StatusForbidden, st)
 	case c.verb == "watch":
 		s.watch(w, r, c)
@@ -229,7 +317,7 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 				items = append(items, all[k])
 			}
 		}
-		kind := map[string]string{"pods": "PodList", "networkpolicies": "NetworkPolicyList"}[c.resource]
+		kind := kindOf(c.resource) + "List"
 		return http.StatusOK, object{
 			"kind": kind, "apiVersion": apiVersion(c.group), "items": items,
 			"metadata": object{"resourceVersion": strconv.FormatInt(s.version, 10)},
@@ -247,7 +335,10 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 			return http.StatusConflict, status(http.StatusConflict, metav1.StatusReasonAlreadyExists,
 				fmt.Sprintf("%s %q already exists", c.resource, c.name))
 		}
-		m["namespace"], m["uid"] = c.namespace, string(uuid.NewUUID())
+		if c.namespace != "" {
+			m["namespace"] = c.namespace
+		}
+		m["uid"] = string(uuid.NewUUID())
 		m["creationTimestamp"] = time.Now().UTC().Format(time.RFC3339)
 		s.store(c, key, o, "ADDED")
 		return http.StatusCreated, o
@@ -353,7 +444,7 @@ func apiVersion(group string) string {
 
 func (s *Server) store(c call, key string, o object, kind string) {
 	if text(o, "kind") == "" {
-		o["kind"] = map[string]string{"pods": "Pod", "networkpolicies": "NetworkPolicy"}[c.resource]
+		o["kind"] = kindOf(c.resource)
 		o["apiVersion"] = apiVersion(c.group)
 	}
 	s.tell(c, o, kind)
@@ -405,7 +496,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, c call) {
 				return
 			}
 		}
-		kind := map[string]string{"pods": "Pod", "networkpolicies": "NetworkPolicy"}[c.resource]
+		kind := kindOf(c.resource)
 		if !send("BOOKMARK", object{"kind": kind, "apiVersion": apiVersion(c.group), "metadata": object{
 			"resourceVersion": strconv.FormatInt(from, 10),
 			"annotations":     object{metav1.InitialEventsAnnotationKey: "true"},
