@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,8 +63,6 @@ func runChild(args []string) error {
 	// not let it say so, it says nothing.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	syscall.Umask(0o077)
-	// From here on this process might not get memory any more itself.
-	debug.SetGCPercent(-1)
 	for _, l := range []struct {
 		resource int
 		most     uint64
@@ -71,16 +70,30 @@ func runChild(args []string) error {
 		{unix.RLIMIT_CORE, 0},
 		{unix.RLIMIT_NOFILE, runFiles},
 		{unix.RLIMIT_FSIZE, runFileSize},
-		{unix.RLIMIT_DATA, uint64(*memory)},
 	} {
-		var now syscall.Rlimit
-		if err := syscall.Getrlimit(l.resource, &now); err != nil {
-			return fmt.Errorf("read limit %d: %w", l.resource, err)
+		most, err := within(l.resource, l.most)
+		if err != nil {
+			return err
 		}
-		most := min(l.most, now.Max)
-		if err := syscall.Setrlimit(l.resource, &syscall.Rlimit{Cur: most, Max: most}); err != nil {
-			return fmt.Errorf("set limit %d to %d: %w", l.resource, most, err)
+		if err := syscall.Setrlimit(l.resource, &most); err != nil {
+			return fmt.Errorf("set limit %d to %d: %w", l.resource, most.Cur, err)
 		}
+	}
+	data, err := within(unix.RLIMIT_DATA, uint64(*memory))
+	if err != nil {
+		return err
+	}
+	path, err := syscall.BytePtrFromString(flags.Arg(0))
+	if err != nil {
+		return err
+	}
+	arguments, err := syscall.SlicePtrFromStrings(flags.Args())
+	if err != nil {
+		return err
+	}
+	environment, err := syscall.SlicePtrFromStrings(os.Environ())
+	if err != nil {
+		return err
 	}
 	// That it dies with stoop was asked of the thread it was started with. What is
 	// executed goes on with the thread that does so, which may be another one.
@@ -88,6 +101,22 @@ func runChild(args []string) error {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("have it end with stoop: %w", err)
 	}
-	path := flags.Arg(0)
-	return syscall.Exec(path, flags.Args(), os.Environ())
+	// From here on this process may have more memory than it is allowed, and what
+	// Go's runtime asks for ends it. So there is nothing in between.
+	debug.SetGCPercent(-1)
+	if _, _, errno := syscall.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_DATA, uintptr(unsafe.Pointer(&data)), 0, 0, 0); errno != 0 {
+		return fmt.Errorf("set limit %d to %d: %w", unix.RLIMIT_DATA, data.Cur, errno)
+	}
+	_, _, errno := syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&arguments[0])), uintptr(unsafe.Pointer(&environment[0])))
+	return errno
+}
+
+// within is a limit as it is wanted, or as tight as it is already.
+func within(resource int, most uint64) (syscall.Rlimit, error) {
+	var now syscall.Rlimit
+	if err := syscall.Getrlimit(resource, &now); err != nil {
+		return now, fmt.Errorf("read limit %d: %w", resource, err)
+	}
+	most = min(most, now.Max)
+	return syscall.Rlimit{Cur: most, Max: most}, nil
 }
