@@ -148,7 +148,7 @@ func (c *procCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 		if err := kept.Close(); err != nil {
 			return Result{}, err
 		}
-		return Result{Reason: "kept by an earlier run of this step", Found: foundEvidence(kept)}, nil
+		return Result{Reason: "kept by an earlier run of this step, in " + kept.Path(), Found: foundEvidence(kept)}, nil
 	}
 	var beyond int
 	want.Suspects, beyond, err = toCapture(r, params.Processes)
@@ -215,13 +215,13 @@ func captured(kept *evidence.Case, got child.Captured, beyond int, err error) Re
 		}
 	}
 	res.Found["processes"] = strconv.Itoa(got.Processes)
-	res.Reason = fmt.Sprintf("processes captured: %d, in %d files of %d bytes in all", got.Processes, len(m.Pieces), size)
+	res.Reason = fmt.Sprintf("processes captured: %d; %d files of %d bytes are in %s", got.Processes, len(m.Pieces), size, kept.Path())
 	if beyond > 0 {
 		res.Reason += fmt.Sprintf("; %d more processes were not", beyond)
 	}
 	switch {
 	case err != nil:
-		res.Reason = fmt.Sprintf("captured in part, %d files: %v", len(m.Pieces), err)
+		res.Reason = fmt.Sprintf("captured in part, %d files in %s: %v", len(m.Pieces), kept.Path(), err)
 	case got.Blocked > 0:
 		res.Reason += fmt.Sprintf("; %d did not let all of it be read", got.Blocked)
 	}

@@ -106,7 +106,7 @@ func TestCaptureProcOfAFrozenContainer(t *testing.T) {
 			began := time.Now()
 			res, err := tryOn(t, responder, suspected(t, "s1", c, p))
 			took := time.Since(began)
-			if err != nil || res.Nothing || res.Found["processes"] != "3" && res.Found["processes"] != "4" {
+			if err != nil || res.Nothing || !strings.Contains(res.Reason, res.Found["evidence"]) || res.Found["processes"] != "3" && res.Found["processes"] != "4" {
 				t.Fatalf("%+v, %v", res, err)
 			}
 			if res.Found["exeSHA256"] != hex.EncodeToString(sum[:]) || res.Found["exe"] != strconv.Itoa(pid)+".exe" {
@@ -138,7 +138,7 @@ func TestCaptureProcOfAFrozenContainer(t *testing.T) {
 			t.Logf("it took %s: %s", took, res.Reason)
 
 			// A second run of the step, which was killed before it was acknowledged.
-			if again, err := tryOn(t, responder, suspected(t, "s1", c, p)); err != nil || !strings.Contains(again.Reason, "earlier run") || again.Found["evidence"] != res.Found["evidence"] {
+			if again, err := tryOn(t, responder, suspected(t, "s1", c, p)); err != nil || !strings.Contains(again.Reason, "earlier run") || !strings.HasSuffix(again.Reason, res.Found["evidence"]) || again.Found["evidence"] != res.Found["evidence"] {
 				t.Errorf("once more: %+v, %v", again, err)
 			}
 		})
@@ -196,7 +196,7 @@ func TestCaptureProcWhoseChildHangs(t *testing.T) {
 	req.Step.Params = json.RawMessage(`{"timeout":"300ms"}`)
 	began := time.Now()
 	res, err := tryOn(t, responder, req)
-	if err != nil || !strings.Contains(res.Reason, "in part") || !strings.Contains(res.Reason, "time was over") {
+	if err != nil || !strings.Contains(res.Reason, "in part") || !strings.Contains(res.Reason, res.Found["evidence"]) || !strings.Contains(res.Reason, "time was over") {
 		t.Fatalf("%+v, %v", res, err)
 	}
 	if took := time.Since(began); took > 3*time.Second {

@@ -306,7 +306,7 @@ func (t *taking) done(r *Request, name, note string) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	res := Result{Reason: fmt.Sprintf("%s taken out of the container and kept%s", param.Cut(name), note), Undo: undo, Found: foundEvidence(t.kept)}
+	res := Result{Reason: fmt.Sprintf("%s taken out of the container and kept in %s%s", param.Cut(name), t.kept.Path(), note), Undo: undo, Found: foundEvidence(t.kept)}
 	res.Found["sha256"], res.Found["file"] = content.SHA256, name
 	return res, nil
 }
