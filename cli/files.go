@@ -175,7 +175,11 @@ func (t *tester) files(p *program, paths []string, asJSON bool) error {
 		return nil
 	}
 	tab.print(out, width(p.stdout))
-	fmt.Fprintf(out, "\n%s: %d matched a rule, %d matched none, %d were no alert\n", count(t.lines, "line"), t.matched, t.lines-t.matched-t.bad, t.bad)
+	were := "were"
+	if t.bad == 1 {
+		were = "was"
+	}
+	fmt.Fprintf(out, "\n%s: %d matched a rule, %d matched none, %d %s no alert\n", count(t.lines, "line"), t.matched, t.lines-t.matched-t.bad, t.bad, were)
 	return nil
 }
 

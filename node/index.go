@@ -196,7 +196,7 @@ func (n *Node) Container(ctx context.Context, id string, pid int) (*Container, e
 		}
 	}
 	if n.index.missedLately(id) {
-		return nil, fmt.Errorf("no cgroup is of container %s: %w", id, ErrGone)
+		return nil, fmt.Errorf("container %s is %w: it has no cgroup here", id, ErrGone)
 	}
 	if err := n.walk(ctx, since, nil); err != nil {
 		return nil, fmt.Errorf("look for container %s: %w", id, err)
@@ -204,7 +204,7 @@ func (n *Node) Container(ctx context.Context, id string, pid int) (*Container, e
 	c, err := n.atHand(id)
 	if err == nil && c == nil {
 		n.index.miss(id)
-		err = fmt.Errorf("no cgroup is of container %s: %w", id, ErrGone)
+		err = fmt.Errorf("container %s is %w: it has no cgroup here", id, ErrGone)
 	}
 	return c, err
 }
