@@ -17,7 +17,7 @@ func (p *program) approveCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "approve [ID]",
-		Short: "Let a step be done that waits for approval; without an ID list them",
+		Short: "Approve a step that waits for it, or list what waits",
 		Long: "Lets a step be done that waits for a person: its rule says approve: true, or its\nresponder asks by default. The target is proved anew, and a pod that is gone or\nprotected is not acted on. " +
 			"Limits and cooldowns don't hold an approved step\nback. Without an ID it lists what waits, with all there is to decide by.",
 		Example: "  stoop approve\n  stoop approve 4f1c0e6f6a4de1d0a2b7",

@@ -106,9 +106,13 @@ func (p *program) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "stoop",
 		Short: "Answer Falco's alerts in milliseconds",
-		Long: `stoop reads Falco's alerts and answers them by your rules: it deletes or
-isolates the pod, keeps a record, tells people. It begins in audit mode, in
-which it only says what it would do.`,
+		Long: `stoop reads Falco's alerts and answers them by your rules: within milliseconds
+it freezes the container, cuts its network or kills the process; it keeps the
+evidence, deletes or isolates the pod, tells people. A person may have to approve
+a step first, and can take one back. It begins in audit mode, in which it only
+says what it would do.`,
+		Example:      "  stoop check --rules rules.yaml\n  stoop run --rules rules.yaml --pipe /run/stoop/falco.pipe\n  stoop tail",
+		Version:      version(),
 		SilenceUsage: true, SilenceErrors: true,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -122,6 +126,7 @@ which it only says what it would do.`,
 		return usage("%v (%s --help says more)", err, cmd.CommandPath())
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetVersionTemplate("stoop {{.Version}}\n")
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
 		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.versionCommand(),

@@ -14,7 +14,7 @@ import (
 
 // dataFlag is the data folder that a command means.
 func dataFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("data", defaults().Data, "the data `FOLDER` of the running stoop")
+	return cmd.Flags().String("data", defaults().Data, "stoop's data `FOLDER`")
 }
 
 // askTimeout bounds a request to a running stoop.

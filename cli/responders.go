@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"stoop/node"
+	"stoop/param"
 	"stoop/responders"
 )
 
@@ -19,8 +20,8 @@ func (p *program) respondersCommand() *cobra.Command {
 	var output, config string
 	cmd := &cobra.Command{
 		Use:     "responders [NAME]",
-		Short:   "List what stoop can do, with parameters",
-		Long:    "Lists the responders that rules can name, with their parameters, their defaults\nand the permissions that they need. Of those that act on the node itself it says\nwhat is missing where it is run: run it as stoop runs.",
+		Short:   "List what stoop can do; of one, its parameters",
+		Long:    "Lists the responders that rules can name. With a NAME it shows that one's\nparameters with their defaults, and the permissions that it needs. Of those that\nact on the node itself it says whether they can where it is run, and what is\nmissing: run it as stoop runs. With -o json it shows all of all.",
 		Example: "  stoop responders\n  stoop responders isolate-pod",
 		Args:    cobra.MaximumNArgs(1),
 	}
@@ -34,7 +35,7 @@ func (p *program) respondersCommand() *cobra.Command {
 		if len(args) == 1 {
 			i := slices.IndexFunc(entries, func(e responders.Entry) bool { return e.Name == args[0] })
 			if i < 0 {
-				return usage("there is no responder %q (stoop responders lists them)", args[0])
+				return usage("%s", param.Unknown("responder", args[0], responderNames(entries)))
 			}
 			entries = entries[i : i+1]
 		}
@@ -43,61 +44,91 @@ func (p *program) respondersCommand() *cobra.Command {
 			return wrong(err)
 		}
 		here := node.New(node.Config{Cgroup: c.Host.Cgroup})
-		if output == "json" {
-			return p.respondersJSON(entries, here)
-		}
 		w := width(p.stdout)
 		if w == 0 {
 			w = 80
 		}
-		for i, e := range entries {
-			if i > 0 {
-				fmt.Fprintln(p.stdout)
-			}
-			fmt.Fprintln(p.stdout, e.Name)
-			for _, l := range wrap(e.Doc, w-2) {
-				fmt.Fprintln(p.stdout, "  "+l)
-			}
-			t := &table{head: []string{"  parameter", "type", "default", "meaning"}}
-			for _, f := range e.Params.Fields {
-				def := f.Default
-				if f.Required {
-					def = "(required)"
-				}
-				typ := f.Type
-				if len(f.OneOf) > 0 {
-					typ = strings.Join(f.OneOf, "|")
-				}
-				doc := f.Doc
-				if len(def) > defaultMost {
-					doc, def = doc+" Default: "+def+".", "(below)"
-				}
-				t.add("  "+f.Name, typ, def, doc)
-			}
-			t.print(p.stdout, w)
-			for _, r := range e.RBAC {
-				fmt.Fprintf(p.stdout, "  needs %s on %s\n", strings.Join(r.Verbs, ", "), strings.Join(r.Resources, ", "))
-			}
-			if len(e.Needs) == 0 {
-				continue
-			}
-			missing := here.Missing(e.Needs...)
-			if len(missing) == 0 {
-				fmt.Fprintln(p.stdout, "  needs nothing that is not granted here")
-			}
-			for _, m := range missing {
-				for i, l := range wrap("missing here: "+m, w-4) {
-					fmt.Fprintln(p.stdout, "  "+strings.Repeat("  ", min(i, 1))+l)
-				}
-			}
+		switch {
+		case output == "json":
+			return p.respondersJSON(entries, here)
+		case len(args) == 1:
+			p.showResponder(entries[0], here, w)
+		default:
+			p.listResponders(entries, here, w)
 		}
 		return nil
 	}
 	return cmd
 }
 
+func responderNames(entries []responders.Entry) []string {
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// listResponders shows what there is, and what of it can't work on this machine.
+func (p *program) listResponders(entries []responders.Entry, here *node.Node, w int) {
+	t := &table{head: []string{"RESPONDER", "WHAT IT DOES"}}
+	for _, e := range entries {
+		doc := e.Doc
+		if len(here.Missing(e.Needs...)) > 0 {
+			doc += " (Not here.)"
+		}
+		t.add(e.Name, doc)
+	}
+	t.print(p.stdout, w)
+	fmt.Fprintln(p.stdout, "\nstoop responders NAME shows the parameters of one, what it needs, and what of\nthat is missing here.")
+}
+
+// showResponder shows one responder in full.
+func (p *program) showResponder(e responders.Entry, here *node.Node, w int) {
+	lines := func(s string) {
+		for i, l := range wrap(s, w-4) {
+			fmt.Fprintln(p.stdout, "  "+strings.Repeat("  ", min(i, 1))+l)
+		}
+	}
+	fmt.Fprintln(p.stdout, e.Name)
+	for _, l := range wrap(e.Doc, w-2) {
+		fmt.Fprintln(p.stdout, "  "+l)
+	}
+	t := &table{head: []string{"  parameter", "type", "default", "meaning"}}
+	for _, f := range e.Params.Fields {
+		def := f.Default
+		if f.Required {
+			def = "(required)"
+		}
+		typ := f.Type
+		if len(f.OneOf) > 0 {
+			typ = strings.Join(f.OneOf, "|")
+		}
+		doc := f.Doc
+		if len(def) > defaultMost {
+			doc, def = doc+" Default: "+def+".", "(below)"
+		}
+		t.add("  "+f.Name, typ, def, doc)
+	}
+	t.print(p.stdout, w)
+	if e.Approve != nil && e.Approve(json.RawMessage("{}")) {
+		lines("waits until a person approves it, unless approve: false stands beside it")
+	}
+	for _, r := range e.RBAC {
+		lines("needs " + strings.Join(r.Verbs, ", ") + " on " + strings.Join(r.Resources, ", "))
+	}
+	missing := here.Missing(e.Needs...)
+	if len(e.Needs) > 0 && len(missing) == 0 {
+		lines("everything that it needs is granted here")
+	}
+	for _, m := range missing {
+		lines("missing here: " + m)
+	}
+}
+
 func (p *program) respondersJSON(entries []responders.Entry, here *node.Node) error {
-	type param struct {
+	type parameter struct {
 		Name     string   `json:"name"`
 		Type     string   `json:"type"`
 		Default  string   `json:"default,omitempty"`
@@ -108,7 +139,7 @@ func (p *program) respondersJSON(entries []responders.Entry, here *node.Node) er
 	type responder struct {
 		Name    string      `json:"name"`
 		Doc     string      `json:"doc"`
-		Params  []param     `json:"params,omitempty"`
+		Params  []parameter `json:"params,omitempty"`
 		RBAC    any         `json:"rbac,omitempty"`
 		Needs   []node.Need `json:"needs,omitempty"`
 		Missing []string    `json:"missing,omitempty"` // of the needs, here
@@ -123,7 +154,7 @@ func (p *program) respondersJSON(entries []responders.Entry, here *node.Node) er
 			r.RBAC = e.RBAC
 		}
 		for _, f := range e.Params.Fields {
-			r.Params = append(r.Params, param{f.Name, f.Type, f.Default, f.Required, f.OneOf, f.Doc})
+			r.Params = append(r.Params, parameter{f.Name, f.Type, f.Default, f.Required, f.OneOf, f.Doc})
 		}
 		if err := enc.Encode(r); err != nil {
 			return err
