@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 	"github.com/spf13/cobra"
@@ -103,31 +104,33 @@ func (p *program) showVerdict(data []byte) {
 	}
 	rule := v.Rule
 	if rule == "" {
-		rule = v.Output
+		rule = cut(v.Output, 200)
 	}
-	line := fmt.Sprintf("%s  alert    %-9s %s", v.Time.Local().Format("15:04:05.000"), cut(v.Priority, 9), clean(rule))
+	what := clean(rule)
 	if v.Pod != "" && v.Pod != "/" {
-		line += "  " + clean(v.Pod)
+		what += "  " + clean(v.Pod)
 	}
-	fmt.Fprintln(p.stdout, fit(line, width(p.stdout)))
+	p.entry(fmt.Sprintf("%s  alert    %-9s ", v.Time.Local().Format("15:04:05.000"), cut(v.Priority, 9)), what)
 	for _, m := range v.Matched {
-		fmt.Fprintln(p.stdout, fit(fmt.Sprintf("              steps    %s: %s (%s)", m.Rule, strings.Join(m.Steps, ", "), m.Mode), width(p.stdout)))
+		p.entry("              steps    ", fmt.Sprintf("%s: %s (%s)", m.Rule, strings.Join(m.Steps, ", "), m.Mode))
 	}
 	if len(v.Matched) == 0 {
-		fmt.Fprintln(p.stdout, fit("              nothing  "+clean(v.Why), width(p.stdout)))
+		p.entry("              nothing  ", clean(v.Why))
 	}
 }
 
 func (p *program) showUnparsed(line []byte) {
-	s := fmt.Sprintf("%s  no alert %s", time.Now().Format("15:04:05.000"), clean(string(line[:min(len(line), 200)])))
-	fmt.Fprintln(p.stdout, fit(s, width(p.stdout)))
+	p.entry(time.Now().Format("15:04:05.000")+"  no alert ", clean(string(line[:min(len(line), 200)])))
 }
 
-func fit(s string, n int) string {
-	if n > 20 {
-		return cut(s, n)
+// entry prints an entry of tail. A text that does not fit the terminal goes on
+// below its own beginning.
+func (p *program) entry(head, text string) {
+	under := strings.Repeat(" ", utf8.RuneCountInString(head))
+	for _, part := range wrap(text, width(p.stdout)-len(under)) {
+		fmt.Fprintln(p.stdout, head+part)
+		head = under
 	}
-	return s
 }
 
 func (p *program) showOutcome(data []byte) {
@@ -135,18 +138,17 @@ func (p *program) showOutcome(data []byte) {
 	if json.Unmarshal(data, &o) != nil {
 		return
 	}
-	line := fmt.Sprintf("%s  outcome  %s: %s", o.Time.Local().Format("15:04:05.000"), o.Responder, o.Status)
+	what := fmt.Sprintf("%s: %s", o.Responder, o.Status)
 	if t := targetText(o); t != "" {
-		line += "  " + t
+		what += "  " + t
 	}
 	if o.Took.Done > 0 {
-		line += "  " + tookText(o)
+		what += "  " + tookText(o)
 	}
-	fmt.Fprintln(p.stdout, fit(line, width(p.stdout)))
+	head := o.Time.Local().Format("15:04:05.000") + "  outcome  "
+	p.entry(head, what)
 	if o.Reason != "" {
-		for _, part := range wrap(clean(o.Reason), width(p.stdout)-23) {
-			fmt.Fprintln(p.stdout, strings.Repeat(" ", 23)+part)
-		}
+		p.entry(strings.Repeat(" ", len(head)), clean(o.Reason))
 	}
 }
 
