@@ -63,13 +63,13 @@ func (p *program) undoCommand() *cobra.Command {
 			if since > 0 {
 				from = time.Now().Add(-since)
 			}
-			return p.undoAll(cmd, *data, undoRequest{All: true, Rule: rule, Since: from})
+			return undoHint(p.undoAll(cmd, *data, undoRequest{All: true, Rule: rule, Since: from}))
 		}
 		var o broker.Outcome
 		if err := p.ask(cmd, *data, apiUndo, undoRequest{ID: args[0]}, &o); err != nil {
-			return err
+			return undoHint(err)
 		}
-		p.printUndone(o)
+		p.printUndone("", o)
 		return nil
 	}
 	return cmd
@@ -82,8 +82,7 @@ func (p *program) undoAll(cmd *cobra.Command, data string, what undoRequest) err
 	}
 	failed := 0
 	for _, o := range got.Outcomes {
-		fmt.Fprintf(p.stdout, "%s  ", o.ID)
-		p.printUndone(o)
+		p.printUndone(o.ID+"  ", o)
 		if o.Status != broker.Undone && o.Status != broker.Nothing {
 			failed++
 		}
@@ -99,15 +98,27 @@ func (p *program) undoAll(cmd *cobra.Command, data string, what undoRequest) err
 	return nil
 }
 
-func (p *program) printUndone(o broker.Outcome) {
-	fmt.Fprintf(p.stdout, "%s: %s", o.Responder, o.Status)
+// undoHint says what to do where nobody is there to take a step back.
+func undoHint(err error) error {
+	if !errors.Is(err, broker.ErrNotRunning) {
+		return err
+	}
+	return fmt.Errorf(`%w
+Only a running stoop takes steps back. Start it as it was started before, with
+--mode audit if it should not act on anything meanwhile. By hand, a frozen
+container is thawed in its cgroup: write 0 to cgroup.freeze (cgroup v2), or
+THAWED to freezer.state (v1); docs/containment.md has the rest`, err)
+}
+
+func (p *program) printUndone(head string, o broker.Outcome) {
+	what := fmt.Sprintf("%s: %s", o.Responder, o.Status)
 	if t := targetText(o); t != "" {
-		fmt.Fprintf(p.stdout, "  %s", t)
+		what += "  " + t
 	}
 	if o.Reason != "" {
-		fmt.Fprintf(p.stdout, "  (%s)", clean(o.Reason))
+		what += "  (" + clean(o.Reason) + ")"
 	}
-	fmt.Fprintln(p.stdout)
+	p.entry(head, what)
 }
 
 func (p *program) pauseCommand() *cobra.Command {
