@@ -623,8 +623,19 @@ func (h *Host) record(o broker.Outcome) {
 	case broker.Suppressed, broker.Nothing:
 		level = slog.LevelDebug
 	}
-	h.Log.Log(context.Background(), level, "step", "status", o.Status, "responder", o.Responder, "rule", o.Rule,
-		"namespace", o.Target.Namespace, "pod", o.Target.Pod, "reason", o.Reason, "step", o.ID, "took", (time.Duration(o.Took.Done) * time.Microsecond).String())
+	about := []any{"status", o.Status, "responder", o.Responder, "rule", o.Rule}
+	switch t := o.Target; {
+	case t.Pod != "":
+		about = append(about, "namespace", t.Namespace, "pod", t.Pod)
+	case t.Container != "":
+		about = append(about, "container", t.Container)
+	case t.Resource != nil:
+		about = append(about, "namespace", t.Resource.Namespace, "resource", t.Resource.Resource+"/"+t.Resource.Name)
+	case t.Host:
+		about = append(about, "host", true)
+	}
+	about = append(about, "reason", o.Reason, "step", o.ID, "took", (time.Duration(o.Took.Done) * time.Microsecond).String())
+	h.Log.Log(context.Background(), level, "step", about...)
 }
 
 func (h *Host) retry(d *broker.Delivery, after time.Duration) {
