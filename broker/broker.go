@@ -80,6 +80,12 @@ type Broker struct {
 	conn *nats.Conn // publishing
 	js   jetstream.JetStream
 
+	calls struct {
+		mu    sync.Mutex
+		conn  *nats.Conn // nil until it is needed
+		inbox string
+	}
+
 	lanes    [2]*lane // urgent, other
 	seen     map[string]struct{}
 	queues   queues
@@ -135,6 +141,7 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	cfg.setDefaults()
 	b := &Broker{cfg: cfg, log: cfg.Log, secret: rand.Text(), guest: rand.Text()}
 	b.sound, b.fail = context.WithCancelCause(context.Background())
+	b.calls.inbox = newCallInbox()
 	defer func() {
 		if err != nil {
 			b.Close()
@@ -224,6 +231,7 @@ func (b *Broker) startServer(store string) error {
 				Publish:   &server.SubjectPermission{Allow: []string{"_INBOX.>"}},
 				Subscribe: &server.SubjectPermission{Allow: []string{"stoop.api.>"}},
 			}},
+			{Username: userCall, Password: b.secret, Permissions: callPermissions(b.calls.inbox, b.cfg.Mirror)},
 			{Username: userLocal, Password: b.guest, Permissions: clientPermissions(b.cfg.Mirror)},
 		},
 	}
@@ -251,6 +259,7 @@ func (b *Broker) startServer(store string) error {
 const (
 	userStoop = "stoop" // this process: may do everything
 	userLocal = "local" // a client on the local socket
+	userCall  = "call"  // what asks programs of the user's: it may say nothing to stoop
 	userAPI   = "api"   // what answers clients: it may say nothing but to them
 )
 
@@ -263,10 +272,13 @@ func (b *Broker) Connect(name string) (*nats.Conn, error) { return b.connect(nam
 func (b *Broker) ConnectAPI() (*nats.Conn, error) { return b.connect("api", userAPI) }
 
 func (b *Broker) connect(name, user string) (*nats.Conn, error) {
+	// Clients may read _INBOX.>; what the process asks itself is not theirs.
+	return b.connectAs(name, user, "_STOOP."+rand.Text())
+}
+
+func (b *Broker) connectAs(name, user, inbox string) (*nats.Conn, error) {
 	nc, err := nats.Connect("", nats.InProcessServer(b.srv), nats.Name(name),
-		nats.UserInfo(user, b.secret),
-		// Clients may read _INBOX.>; what the process asks itself is not theirs.
-		nats.CustomInboxPrefix("_STOOP."+rand.Text()),
+		nats.UserInfo(user, b.secret), nats.CustomInboxPrefix(inbox),
 		nats.MaxReconnects(-1), nats.ReconnectWait(10*time.Millisecond),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 			b.log.Warn("connection to the embedded NATS server", "connection", name, "error", err)
@@ -295,6 +307,11 @@ func (b *Broker) Close() {
 			b.stopSync()
 			b.syncing.Wait()
 		}
+		b.calls.mu.Lock()
+		if b.calls.conn != nil {
+			b.calls.conn.Close()
+		}
+		b.calls.mu.Unlock()
 		if b.conn != nil {
 			b.conn.Close()
 		}

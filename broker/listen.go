@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"strconv"
-	"strings"
 
 	"github.com/nats-io/nats-server/v2/server"
 )
@@ -25,6 +24,27 @@ type User struct {
 	Name     string
 	Password string
 	NKey     string // the public key
+	// Serve are the subjects that it answers calls on. A user with some may do
+	// that and nothing else.
+	Serve []string
+}
+
+// permissions are what the user may do.
+func (u *User) permissions(mirror []string) (*server.Permissions, error) {
+	if len(u.Serve) == 0 {
+		return clientPermissions(mirror), nil
+	}
+	for _, s := range u.Serve {
+		if err := CheckServe(s); err != nil {
+			return nil, fmt.Errorf("broker.users: serve: %w", err)
+		}
+		for _, m := range mirror {
+			if server.SubjectsCollide(s, m) {
+				return nil, fmt.Errorf("broker.users: serve: on %q come the alerts of broker.mirror (%s): nobody may answer there", s, m)
+			}
+		}
+	}
+	return servePermissions(u.Serve), nil
 }
 
 // clientPermissions is what a client is let do: hear alerts and outcomes, ask
@@ -43,12 +63,8 @@ func clientPermissions(mirror []string) *server.Permissions {
 // twice.
 func checkMirror(subjects []string) error {
 	for _, s := range subjects {
-		first, _, _ := strings.Cut(s, ".")
-		switch {
-		case !server.IsValidPublishSubject(s):
-			return fmt.Errorf("broker.mirror: %q is no subject that can be published on", s)
-		case first == "falco", first == "stoop", strings.HasPrefix(first, "$"), strings.HasPrefix(first, "_"):
-			return fmt.Errorf("broker.mirror: subjects under %s are taken; name another than %q, such as FALCO", first, s)
+		if err := CheckSubject(s); err != nil {
+			return fmt.Errorf("broker.mirror: %w", err)
 		}
 	}
 	return nil
@@ -97,17 +113,21 @@ func (l *Listen) apply(o *server.Options, mirror []string) error {
 	}
 	o.TLS, o.TLSTimeout = true, 5
 	o.DontListen = false
-	o.MaxConn = 64
+	o.MaxConn = 256
 	for _, u := range l.Users {
+		may, err := u.permissions(mirror)
+		if err != nil {
+			return err
+		}
 		switch {
 		case u.NKey != "":
-			o.Nkeys = append(o.Nkeys, &server.NkeyUser{Nkey: u.NKey, Permissions: clientPermissions(mirror)})
-		case u.Name == userStoop || u.Name == userLocal || u.Name == userAPI || u.Name == userGuest:
+			o.Nkeys = append(o.Nkeys, &server.NkeyUser{Nkey: u.NKey, Permissions: may})
+		case u.Name == userStoop || u.Name == userLocal || u.Name == userAPI || u.Name == userCall || u.Name == userGuest:
 			return fmt.Errorf("broker.users: the name %q is stoop's own", u.Name)
 		case u.Name == "" || u.Password == "":
 			return fmt.Errorf("broker.users: user %q has neither a password nor an nkey", u.Name)
 		default:
-			o.Users = append(o.Users, &server.User{Username: u.Name, Password: u.Password, Permissions: clientPermissions(mirror)})
+			o.Users = append(o.Users, &server.User{Username: u.Name, Password: u.Password, Permissions: may})
 		}
 	}
 	if len(l.Users) == 0 {
