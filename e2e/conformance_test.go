@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -76,6 +77,11 @@ func TestConformance(t *testing.T) {
 				}
 			},
 		},
+	}
+	for _, c := range slices.Concat(
+		workloadCases(),
+	) {
+		cases[c.Responder] = c
 	}
 	for _, entry := range responders.All() {
 		switch entry.Object {

@@ -62,7 +62,7 @@ func notified(t testing.TB, each func(r *http.Request, body []byte)) (string, fu
 // conformanceCases has one case for every responder; a test holds it to the
 // registry.
 func conformanceCases() []conformance.Case {
-	return []conformance.Case{
+	return slices.Concat([]conformance.Case{
 		{
 			Responder: "delete-pod",
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
@@ -226,7 +226,9 @@ func conformanceCases() []conformance.Case {
 				}
 			},
 		},
-	}
+	},
+		workloadCases(),
+	)
 }
 
 func as(make func(testing.TB) *responders.TestSuspect) func(testing.TB) *conformance.Suspect {

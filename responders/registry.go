@@ -9,6 +9,7 @@ import (
 func All() []Entry {
 	return []Entry{
 		deletePod(),
+		evictPod(),
 		isolatePod(),
 		labelPod(),
 		freezeContainer(),

@@ -283,8 +283,8 @@ func Run(t *testing.T, c Case) {
 					r.start()
 					r.world.Forbid(t, w.verb, w.group, w.resource)
 					o := r.want(r.step(), broker.Failed)
-					where := w.namespace
-					if where == "" {
+					where := r.namespace // which is another one than before
+					if w.namespace == "" {
 						where = "whole cluster"
 					}
 					for _, word := range []string{w.verb, w.resource, where} {

@@ -15,7 +15,9 @@ import (
 	"time"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/uuid"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -30,7 +32,8 @@ import (
 // 409 for a UID or resource version that is not the object's, 422 for a patch of
 // another UID and for a failed JSON patch test, graceful deletion (a pod on a
 // node without a kubelet stays Terminating), RBAC's 403, watches that begin
-// with the initial events.
+// with the initial events, evictions that ask the PodDisruptionBudgets, whose
+// status the test has to write, and the subresource scale.
 //
 // It lies too: it validates nothing, has no admission, no defaults and no
 // garbage collector, and takes any body as JSON. So the same suite runs against
@@ -120,6 +123,7 @@ var kinds = []struct {
 	{"", "nodes", "Node", true, false},
 	{"", "namespaces", "Namespace", true, false},
 	{"", "configmaps", "ConfigMap", false, false},
+	{"", "services", "Service", false, false},
 	{"", "secrets", "Secret", false, false},
 	{"", "events", "Event", false, false},
 	{"", "serviceaccounts", "ServiceAccount", false, false},
@@ -305,10 +309,6 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 		all = map[string]object{}
 		s.objects[c.resource] = all
 	}
-	conflict := func(message string) (int, any) {
-		return http.StatusConflict, status(http.StatusConflict, metav1.StatusReasonConflict,
-			fmt.Sprintf("Operation cannot be fulfilled on %s %q: %s", c.resource, c.name, message))
-	}
 	key := c.namespace + "/" + c.name
 	if c.verb == "list" {
 		var items []object
@@ -322,6 +322,12 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 			"kind": kind, "apiVersion": apiVersion(c.group), "items": items,
 			"metadata": object{"resourceVersion": strconv.FormatInt(s.version, 10)},
 		}
+	}
+	if c.subresource == "eviction" && c.verb == "create" {
+		return s.evict(c, all, body)
+	}
+	if c.subresource == "scale" {
+		return s.scale(c, all, body)
 	}
 	if c.verb == "create" {
 		var o object
@@ -358,28 +364,7 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 				return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
 			}
 		}
-		if p := o.Preconditions; p != nil && p.UID != nil && string(*p.UID) != uid {
-			return conflict(fmt.Sprintf("the UID in the precondition (%s) does not match the UID in record (%s). The object might have been deleted and then recreated", *p.UID, uid))
-		}
-		if c.resource == "pods" {
-			grace := int64(30)
-			if o.GracePeriodSeconds != nil {
-				grace = *o.GracePeriodSeconds
-			}
-			if grace > 0 {
-				if left, ok := meta(have)["deletionGracePeriodSeconds"].(float64); ok && int64(left) <= grace {
-					return http.StatusOK, have
-				}
-				now := clone(have)
-				meta(now)["deletionTimestamp"] = time.Now().Add(time.Duration(grace) * time.Second).UTC().Format(time.RFC3339)
-				meta(now)["deletionGracePeriodSeconds"] = float64(grace)
-				s.store(c, key, now, "MODIFIED")
-				return http.StatusOK, now
-			}
-		}
-		delete(all, key)
-		s.tell(c, clone(have), "DELETED")
-		return http.StatusOK, object{"kind": "Status", "apiVersion": "v1", "status": "Success"}
+		return s.remove(c, have, o)
 	}
 
 	// update and patch
@@ -423,7 +408,7 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 		return http.StatusUnsupportedMediaType, status(http.StatusUnsupportedMediaType, metav1.StatusReasonUnsupportedMediaType, "no patch of the kind "+t)
 	}
 	if v := text(meta(now), "resourceVersion"); v != "" && v != version {
-		return conflict("the object has been modified; please apply your changes to the latest version and try again")
+		return conflict(c, "the object has been modified; please apply your changes to the latest version and try again")
 	}
 	if text(meta(now), "uid") != uid {
 		st := status(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid,
@@ -433,6 +418,157 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 	}
 	s.store(c, key, now, "MODIFIED")
 	return http.StatusOK, now
+}
+
+// conflict is a 409.
+func conflict(c call, message string) (int, any) {
+	return http.StatusConflict, status(http.StatusConflict, metav1.StatusReasonConflict,
+		fmt.Sprintf("Operation cannot be fulfilled on %s %q: %s", c.resource, c.name, message))
+}
+
+// remove deletes an object.
+func (s *Server) remove(c call, have object, o metav1.DeleteOptions) (int, any) {
+	key := c.namespace + "/" + c.name
+	if p := o.Preconditions; p != nil && p.UID != nil && string(*p.UID) != text(meta(have), "uid") {
+		return conflict(c, fmt.Sprintf("the UID in the precondition (%s) does not match the UID in record (%s). The object might have been deleted and then recreated", *p.UID, text(meta(have), "uid")))
+	}
+	if c.resource == "pods" {
+		grace := int64(30)
+		if o.GracePeriodSeconds != nil {
+			grace = *o.GracePeriodSeconds
+		}
+		if grace > 0 {
+			if left, ok := meta(have)["deletionGracePeriodSeconds"].(float64); ok && int64(left) <= grace {
+				return http.StatusOK, have
+			}
+			now := clone(have)
+			meta(now)["deletionTimestamp"] = time.Now().Add(time.Duration(grace) * time.Second).UTC().Format(time.RFC3339)
+			meta(now)["deletionGracePeriodSeconds"] = float64(grace)
+			s.store(c, key, now, "MODIFIED")
+			return http.StatusOK, now
+		}
+	}
+	delete(s.objects[c.resource], key)
+	s.tell(c, clone(have), "DELETED")
+	return http.StatusOK, object{"kind": "Status", "apiVersion": "v1", "status": "Success"}
+}
+
+// evict answers a pod's subresource eviction. The budget comes before the UID, as
+// kube-apiserver has it.
+func (s *Server) evict(c call, all map[string]object, body []byte) (int, any) {
+	var e policyv1.Eviction
+	if err := json.Unmarshal(body, &e); err != nil {
+		return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, err.Error())
+	}
+	pod := all[c.namespace+"/"+c.name]
+	if pod == nil {
+		return http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("pods %q not found", c.name))
+	}
+	var budgets []object
+	phase, _ := pod["status"].(object)
+	if p := text(phase, "phase"); (p == "Running" || p == "") && meta(pod)["deletionTimestamp"] == nil {
+		for _, b := range s.objects["poddisruptionbudgets"] {
+			if text(meta(b), "namespace") == c.namespace && selects(b, pod) {
+				budgets = append(budgets, b)
+			}
+		}
+	}
+	if len(budgets) > 1 {
+		// Not an error for HTTP.
+		return http.StatusCreated, metav1.Status{
+			TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
+			Status:   metav1.StatusFailure, Code: http.StatusInternalServerError,
+			Message: "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
+		}
+	}
+	if len(budgets) == 1 {
+		now := clone(budgets[0])
+		st, _ := now["status"].(object)
+		allowed, _ := st["disruptionsAllowed"].(float64)
+		if allowed == 0 {
+			healthy, _ := st["currentHealthy"].(float64)
+			desired, _ := st["desiredHealthy"].(float64)
+			st := status(http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, "Cannot evict pod as it would violate the pod's disruption budget.")
+			st.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{
+				Type:    policyv1.DisruptionBudgetCause,
+				Message: fmt.Sprintf("The disruption budget %s needs %g healthy pods and has %g currently", text(meta(now), "name"), desired, healthy),
+			}}}
+			return http.StatusTooManyRequests, st
+		}
+		st["disruptionsAllowed"] = allowed - 1
+		name := text(meta(now), "name")
+		s.store(call{group: policyv1.GroupName, resource: "poddisruptionbudgets", namespace: c.namespace, name: name}, c.namespace+"/"+name, now, "MODIFIED")
+	}
+	var o metav1.DeleteOptions
+	if e.DeleteOptions != nil {
+		o = *e.DeleteOptions
+	}
+	if code, answer := s.remove(c, pod, o); code != http.StatusOK {
+		return code, answer
+	}
+	return http.StatusCreated, metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess, Code: http.StatusCreated}
+}
+
+// selects reports whether an object's spec.selector selects a pod.
+func selects(o, pod object) bool {
+	b, err := json.Marshal(o["spec"])
+	if err != nil {
+		return false
+	}
+	var spec struct {
+		Selector *metav1.LabelSelector `json:"selector"`
+	}
+	if err := json.Unmarshal(b, &spec); err != nil {
+		return false
+	}
+	selector, err := metav1.LabelSelectorAsSelector(spec.Selector)
+	set := labels.Set{}
+	all, _ := meta(pod)["labels"].(object)
+	for k := range all {
+		set[k] = text(all, k)
+	}
+	return err == nil && selector.Matches(set)
+}
+
+// scale answers the subresource scale: get and update.
+func (s *Server) scale(c call, all map[string]object, body []byte) (int, any) {
+	have := all[c.namespace+"/"+c.name]
+	if have == nil {
+		return http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("%s %q not found", c.resource, c.name))
+	}
+	now := clone(have)
+	if c.verb == "update" {
+		var to object
+		if err := json.Unmarshal(body, &to); err != nil || meta(to) == nil {
+			return http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, "the body is no object")
+		}
+		uid := text(meta(have), "uid")
+		if u := text(meta(to), "uid"); u != "" && u != uid {
+			return conflict(c, fmt.Sprintf("Precondition failed: UID in precondition: %s, UID in object meta: %s", u, uid))
+		}
+		if v := text(meta(to), "resourceVersion"); v != "" && v != text(meta(have), "resourceVersion") {
+			return conflict(c, "the object has been modified; please apply your changes to the latest version and try again")
+		}
+		spec, _ := to["spec"].(object)
+		n, _ := spec["replicas"].(float64)
+		mine, _ := now["spec"].(object)
+		if mine == nil {
+			mine = object{}
+			now["spec"] = mine
+		}
+		mine["replicas"] = n
+		s.store(c, c.namespace+"/"+c.name, now, "MODIFIED")
+	} else if c.verb != "get" {
+		return http.StatusMethodNotAllowed, status(http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, "the server does not allow this method on the requested resource")
+	}
+	m, spec := meta(now), object{}
+	if mine, _ := now["spec"].(object); mine["replicas"] != nil && mine["replicas"] != 0.0 {
+		spec["replicas"] = mine["replicas"] // which omits 0, as the real one does
+	}
+	return http.StatusOK, object{
+		"kind": "Scale", "apiVersion": "autoscaling/v1", "spec": spec, "status": object{"replicas": 0},
+		"metadata": object{"name": m["name"], "namespace": m["namespace"], "uid": m["uid"], "resourceVersion": m["resourceVersion"]},
+	}
 }
 
 func apiVersion(group string) string {
