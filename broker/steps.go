@@ -47,7 +47,12 @@ func (b *Broker) stepMsg(s *Step) (*nats.Msg, error) {
 	if err != nil {
 		return nil, fmt.Errorf("step %s: %w", s.ID, err)
 	}
-	return &nats.Msg{Subject: StepSubject(s.Responder, s.ID), Data: data}, nil
+	id := s.ID
+	if s.Approved != nil {
+		// It was there before, and put aside.
+		id += "-approved"
+	}
+	return &nats.Msg{Subject: StepSubject(s.Responder, id), Data: data}, nil
 }
 
 // stepAck is a step on its way into ACTIONS.

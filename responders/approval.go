@@ -42,8 +42,6 @@ const (
 	// approvalAgain is when it is tried again to end what expired, if the store
 	// refuses.
 	approvalAgain = 5 * time.Second
-	// approveWait is for how long a step that is being put aside is waited for.
-	approveWait = 2 * time.Second
 )
 
 // approvals are all of them.
@@ -52,7 +50,7 @@ type approvals struct {
 	mu    sync.Mutex
 	byID  map[string]*approval
 	busy  map[string]bool // being decided about
-	wake  chan struct{}   // a token when one was added
+	wake  chan struct{}   // a token when one was added, or given back
 }
 
 func loadApprovals(ctx context.Context, state *broker.State) (*approvals, error) {
@@ -76,10 +74,11 @@ func (a *approvals) dump(into map[string][]byte) {
 	}
 }
 
-// add puts a step aside. It returns why not, if another one waits about the same,
-// or too many do.
-func (a *approvals) add(ctx context.Context, r *approval) (refused string, err error) {
+// add puts a step aside, and nobody decides about it until it is given back. It
+// returns why not, if another one waits about the same, or too many do.
+func (a *approvals) add(r *approval) (refused string) {
 	a.mu.Lock()
+	defer a.mu.Unlock()
 	if a.byID[r.Step.ID] == nil {
 		for id, other := range a.byID {
 			if other.About == r.About {
@@ -91,17 +90,9 @@ func (a *approvals) add(ctx context.Context, r *approval) (refused string, err e
 		}
 	}
 	if refused == "" {
-		a.byID[r.Step.ID] = r
+		a.byID[r.Step.ID], a.busy[r.Step.ID] = r, true
 	}
-	a.mu.Unlock()
-	if refused != "" {
-		return refused, nil
-	}
-	select {
-	case a.wake <- struct{}{}:
-	default:
-	}
-	return "", a.state.Put(ctx, "approval."+r.Step.ID, r, 0)
+	return refused
 }
 
 // take makes the caller the only one who decides about a step.
@@ -121,8 +112,12 @@ func (a *approvals) take(id string) (*approval, error) {
 
 func (a *approvals) give(id string) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	delete(a.busy, id)
+	a.mu.Unlock()
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
 }
 
 // end forgets a step that was decided about.
@@ -180,11 +175,11 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 	}
 	now := time.Now().UTC()
 	a := &approval{Step: s, About: about.objectKey(), Asked: now, Expires: now.Add(h.Guards.Approval)}
-	refused, err := h.approvals.add(ctx, a)
-	switch {
-	case refused != "":
+	if refused := h.approvals.add(a); refused != "" {
 		return h.suppress("approval", refused)
-	case err != nil:
+	}
+	defer h.approvals.give(s.ID)
+	if err := h.approvals.state.Put(context.WithoutCancel(ctx), "approval."+s.ID, a, 0); err != nil {
 		h.Log.Error("a step that waits for approval could not be stored: a restart would forget it", "step", s.ID, "error", err)
 	}
 	reason = fmt.Sprintf("waits until %s for somebody to decide: stoop approve %s, or stoop deny %[2]s", a.Expires.Format(time.RFC3339), s.ID)
@@ -216,6 +211,9 @@ func (h *Host) Approvals() []Approval {
 	defer a.mu.Unlock()
 	out := make([]Approval, 0, len(a.byID))
 	for _, id := range slices.SortedFunc(maps.Keys(a.byID), func(x, y string) int { return a.byID[x].Asked.Compare(a.byID[y].Asked) }) {
+		if a.busy[id] {
+			continue // not yet, or not any more
+		}
 		r := a.byID[id]
 		out = append(out, Approval{
 			ID: id, Asked: r.Asked, Expires: r.Expires, Rule: r.Step.Rule, Responder: r.Step.Responder,
@@ -242,22 +240,8 @@ func (h *Host) Approve(ctx context.Context, id, actor string) (broker.Outcome, e
 	}
 	s := *r.Step
 	s.Approved = &broker.Approval{Actor: actor, Time: now}
-	wait, cancel := context.WithTimeout(ctx, approveWait)
-	defer cancel()
-	for {
-		stored, err := h.Broker.PublishStep(wait, &s)
-		if err != nil {
-			return broker.Outcome{}, fmt.Errorf("approve %s: %w", id, err)
-		}
-		if stored {
-			break
-		}
-		// It has only just been put aside: its place in the queue is free soon.
-		select {
-		case <-wait.Done():
-			return broker.Outcome{}, fmt.Errorf("approve %s: it is in the queue still: try again", id)
-		case <-time.After(20 * time.Millisecond):
-		}
+	if _, err := h.Broker.PublishStep(ctx, &s); err != nil {
+		return broker.Outcome{}, fmt.Errorf("approve %s: %w", id, err)
 	}
 	h.Log.Info("a step was approved", "step", id, "responder", s.Responder, "rule", s.Rule, "actor", actor)
 	o := s.Outcome(broker.AwaitingApproval, "approved; its outcome follows")
@@ -311,8 +295,10 @@ func (h *Host) approvalLoop(ctx context.Context) {
 		_, err := h.decide(ctx, id, "", broker.Expired, "nobody has approved it in time")
 		if err != nil {
 			h.Log.Error("a step that nobody approved could not be ended", "step", id, "error", err)
-			timer.Reset(approvalAgain)
-			continue
+			select {
+			case <-ctx.Done():
+			case <-time.After(approvalAgain):
+			}
 		}
 		timer.Reset(0)
 	}

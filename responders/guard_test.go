@@ -20,7 +20,7 @@ func testGuards() *Guards {
 		Mode: broker.Enforce, Node: "n1", Aliases: []string{"n1.example"},
 		Self:       Self{PID: 77, Container: strings.Repeat("ab", 32), User: "system:serviceaccount:stoop:stoop", Namespace: "stoop", Pod: "stoop-x"},
 		Namespaces: []string{"kube-*", "stoop"}, PriorityClasses: []string{"system-*"},
-		Cooldown: 5 * time.Minute, MaxAge: 10 * time.Minute,
+		Cooldown: 5 * time.Minute, MaxAge: 10 * time.Minute, Approval: time.Hour,
 	}
 }
 

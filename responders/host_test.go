@@ -55,6 +55,7 @@ type bench struct {
 	config Config
 	host   *Host
 	stop   func()
+	mu     sync.Mutex
 	told   []string
 	n      int
 }
@@ -66,7 +67,11 @@ func newBench(t *testing.T, b *broker.Broker, entries ...Entry) *bench {
 	g.Node = "n1"
 	be.config = Config{
 		Broker: b, Entries: entries, Guards: g, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
-		Tell: func(title, detail string) { be.told = append(be.told, title) },
+		Tell: func(title, detail string) {
+			be.mu.Lock()
+			defer be.mu.Unlock()
+			be.told = append(be.told, title)
+		},
 	}
 	return be
 }
