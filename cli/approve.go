@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"gopkg.in/yaml.v3"
 
 	"stoop/alert"
 	"stoop/broker"
@@ -16,10 +17,9 @@ import (
 func (p *program) approveCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
-		Use:   "approve [ID]",
-		Short: "Approve a step that waits for it, or list what waits",
-		Long: "Lets a step be done that waits for a person: its rule says approve: true, or its\nresponder asks by default. The target is proved anew, and a pod that is gone or\nprotected is not acted on. " +
-			"Limits and cooldowns don't hold an approved step\nback. Without an ID it lists what waits, with all there is to decide by.",
+		Use:     "approve [ID]",
+		Short:   "Approve a step that waits for it, or list what waits",
+		Long:    "Lets a step be done that waits for a person, because approve: true stands beside\nit in rules.yaml, or because its responder asks by default. Its target is proved\nanew, and what is gone or protected is left alone; limits, the cooldown and the\nalert's age don't hold an approved step back. Without an ID it lists what waits,\nwith all there is to decide by.",
 		Example: "  stoop approve\n  stoop approve 4f1c0e6f6a4de1d0a2b7",
 		Args:    cobra.MaximumNArgs(1),
 	}
@@ -59,15 +59,17 @@ func (p *program) decide(cmd *cobra.Command, data, subject, id string) error {
 	if err := p.ask(cmd, data, subject, decision{ID: id}, &o); err != nil {
 		return err
 	}
-	said := "approved; stoop history shows what comes of it"
+	what := o.Responder + ": approved"
 	if o.Status == broker.Denied {
-		said = "denied"
+		what = o.Responder + ": denied"
 	}
-	fmt.Fprintf(p.stdout, "%s: %s", o.Responder, said)
 	if t := targetText(o); t != "" {
-		fmt.Fprintf(p.stdout, "  %s", t)
+		what += "  " + t
 	}
-	fmt.Fprintln(p.stdout)
+	if o.Status != broker.Denied {
+		what += "  (stoop history shows what comes of it)"
+	}
+	p.entry("", what)
 	return nil
 }
 
@@ -115,15 +117,36 @@ func waitingLines(a responders.Approval) []string {
 		lines = append(lines, "target: "+t)
 	}
 	if len(a.Params) > 0 {
-		lines = append(lines, "parameters: "+string(a.Params))
+		lines = append(lines, "parameters: "+flow(a.Params))
 	}
 	if raised, err := alert.Parse(a.Alert); err == nil {
-		lines = append(lines, fmt.Sprintf("alert: %s (%s) %s", raised.Rule, raised.Priority, shorten(raised.Output, 500)))
+		lines = append(lines, fmt.Sprintf("alert: %s (%s): %s", raised.Rule, raised.Priority, shorten(raised.Output, 500)))
 	}
 	for _, f := range a.Found {
 		lines = append(lines, fmt.Sprintf("%s before it: %s %s", f.Responder, f.Status, f.Reason))
 	}
 	return append(lines, "stoop approve "+a.ID+", or stoop deny "+a.ID)
+}
+
+// flow is a step's parameters as they would stand in rules.yaml.
+func flow(params json.RawMessage) string {
+	var n yaml.Node
+	if yaml.Unmarshal(params, &n) != nil || len(n.Content) != 1 {
+		return string(params)
+	}
+	var plain func(*yaml.Node)
+	plain = func(n *yaml.Node) {
+		n.Style = yaml.FlowStyle // of a word: no quotes but where they are needed
+		for _, c := range n.Content {
+			plain(c)
+		}
+	}
+	plain(n.Content[0])
+	out, err := yaml.Marshal(n.Content[0])
+	if err != nil {
+		return string(params)
+	}
+	return strings.Join(strings.Fields(string(out)), " ")
 }
 
 func shorten(s string, most int) string {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,9 +23,9 @@ func (p *program) historyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "history",
 		Short: "Say what was done, to what, why, and how long it took",
-		Long: `Lists the outcome of each step, oldest first. A step that was tried several times
-is listed once, with how it ended. Without a running stoop it reads a copy of
-the data folder.`,
+		Long: `Lists the outcome of each step, oldest first. A step that was tried several
+times, or waited for approval, is listed once, with how it ended. Without a
+running stoop it reads a copy of the data folder.`,
 		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'",
 		Args:    cobra.NoArgs,
 	}
@@ -48,10 +49,10 @@ func (p *program) history(ctx context.Context, data string, since time.Time, asJ
 	var all []broker.Outcome
 	at := map[string]int{} // where a step's outcome is in all
 	each := func(o broker.Outcome) error {
-		// One line a step: how it ended stands in the place of a try; that it
-		// was taken back is a line of its own.
+		// One line a step: how it ended stands in the place of a try, or of that
+		// it waits; that it was taken back is a line of its own.
 		key := o.ID
-		if o.Actor != "" {
+		if i, ok := at[o.ID]; o.Actor != "" && !(ok && open(all[i].Status)) {
 			key += "\x00" + o.Actor + string(o.Status)
 		}
 		if i, ok := at[key]; ok {
@@ -65,6 +66,7 @@ func (p *program) history(ctx context.Context, data string, since time.Time, asJ
 	if err := readHistory(ctx, data, since, each); err != nil {
 		return err
 	}
+	slices.SortStableFunc(all, func(x, y broker.Outcome) int { return x.Time.Compare(y.Time) })
 	out := bufio.NewWriter(p.stdout)
 	defer out.Flush()
 	if asJSON {
@@ -89,7 +91,7 @@ func (p *program) history(ctx context.Context, data string, since time.Time, asJ
 				what = strings.TrimPrefix(what+"; "+part, "; ")
 			}
 		}
-		if o.Actor != "" {
+		if o.Actor != "" && o.Status != broker.Denied { // its reason says by whom
 			what += "; by " + o.Actor
 		}
 		if o.Undo {
@@ -100,6 +102,9 @@ func (p *program) history(ctx context.Context, data string, since time.Time, asJ
 	t.print(out, width(p.stdout))
 	return nil
 }
+
+// open reports whether a step that has come so far has not ended.
+func open(s broker.Status) bool { return s == broker.Retrying || s == broker.AwaitingApproval }
 
 // readHistory asks the running stoop, or reads a copy of the data folder.
 func readHistory(ctx context.Context, data string, since time.Time, each func(broker.Outcome) error) error {

@@ -17,6 +17,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// The children of a stoop in a script are this program, by its path.
+	if len(os.Args) > 1 && os.Args[1] == "child" {
+		os.Exit(Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	}
 	testscript.Main(m, map[string]func(){
 		"stoop": func() { os.Exit(Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
 	})

@@ -16,8 +16,9 @@ type table struct {
 
 func (t *table) add(cells ...string) { t.rows = append(t.rows, cells) }
 
-// print writes the table. The last column is wrapped under itself, so
-// that a row fits a terminal of so many columns; 0: it is not.
+// print writes the table so that it fits a terminal of so many columns: the last
+// column is wrapped under itself or, where the others leave it too little room,
+// stands below them. 0 columns: nothing is wrapped.
 func (t *table) print(w io.Writer, columns int) {
 	if len(t.rows) == 0 {
 		return
@@ -34,14 +35,23 @@ func (t *table) print(w io.Writer, columns int) {
 	for _, n := range widths[:last] {
 		left += n + 2
 	}
+	const least, indent = 30, 4
+	below := columns > 0 && columns-left < min(widths[last], least)
+	if below {
+		left = indent
+	}
 	for _, r := range all {
 		var line strings.Builder
 		for i, c := range r[:last] {
 			c = clean(c)
 			line.WriteString(c + strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c)+2))
 		}
-		room := columns - left
-		for i, part := range wrap(clean(r[last]), room) {
+		if below {
+			fmt.Fprintln(w, strings.TrimRight(line.String(), " "))
+			line.Reset()
+			line.WriteString(strings.Repeat(" ", indent))
+		}
+		for i, part := range wrap(clean(r[last]), columns-left) {
 			if i > 0 {
 				line.WriteString(strings.Repeat(" ", left))
 			}
