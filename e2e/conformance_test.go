@@ -80,6 +80,7 @@ func TestConformance(t *testing.T) {
 	}
 	for _, c := range slices.Concat(
 		workloadCases(),
+		nodeCases(),
 	) {
 		cases[c.Responder] = c
 	}
@@ -87,6 +88,9 @@ func TestConformance(t *testing.T) {
 		switch entry.Object {
 		case responders.PodObject, responders.NodeObject, responders.ResourceObject:
 		default:
+			continue
+		}
+		if withKubelet(entry.Name) {
 			continue
 		}
 		c, ok := cases[entry.Name]

@@ -228,6 +228,7 @@ func conformanceCases() []conformance.Case {
 		},
 	},
 		workloadCases(),
+		nodeCases(),
 	)
 }
 

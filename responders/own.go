@@ -31,10 +31,11 @@ import (
 // gone when its alert is looked at, and whose alert names no parent that stoop
 // started itself.
 type OwnProcesses struct {
-	mu   sync.Mutex
-	runs []*ownRun
-	host func() bool // whether this process sees the host's numbers; nil asks the kernel
-	root proc        // "" is /proc
+	mu    sync.Mutex
+	runs  []*ownRun
+	execs []*ownExec
+	host  func() bool // whether this process sees the host's numbers; nil asks the kernel
+	root  proc        // "" is /proc
 }
 
 // ownChildren starts stoop's own children, and remembers them.
@@ -109,6 +110,10 @@ func (o *OwnProcesses) Owns(a *alert.Alert) bool {
 	if o == nil || a.Text || a.Time.IsZero() {
 		return false
 	}
+	t := a.Target()
+	if o.executed(a, t) {
+		return true
+	}
 	o.mu.Lock()
 	runs := make([]ownRun, 0, len(o.runs))
 	for _, r := range o.runs {
@@ -120,7 +125,6 @@ func (o *OwnProcesses) Owns(a *alert.Alert) bool {
 	if len(runs) == 0 || !o.seesHost() {
 		return false
 	}
-	t := a.Target()
 	if t.PID == 0 {
 		return false
 	}

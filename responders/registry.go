@@ -12,6 +12,8 @@ func All() []Entry {
 		evictPod(),
 		isolatePod(),
 		labelPod(),
+		execInPod(),
+		debugPod(),
 		freezeContainer(),
 		killProcess(),
 		killContainer(),

@@ -844,7 +844,7 @@ func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := req.Context().Err(); err != nil {
 		return nil, err
 	}
-	if c, ok := read(req); ok && req.Method != http.MethodGet {
+	if c, ok := read(req); ok && (req.Method != http.MethodGet || c.executes()) {
 		p.n.mu.Lock()
 		w := write{c.verb, c.group, c.permission(), c.namespace, c.name}
 		p.n.written = append(p.n.written, w)

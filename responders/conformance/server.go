@@ -48,6 +48,7 @@ type Server struct {
 	changed   chan struct{}
 	forbidden map[string]bool // "verb resource", for stoop
 	finished  chan struct{}
+	onExec    func(c Command, stdout, stderr io.Writer) int
 }
 
 type object = map[string]any
@@ -259,6 +260,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusForbidden, st)
 	case c.verb == "watch":
 		s.watch(w, r, c)
+	case c.executes():
+		s.exec(w, r, c)
 	default:
 		s.mu.Lock()
 		code, answer := s.do(c, r, body)
