@@ -319,7 +319,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		if err != nil {
 			status, retry, after, reason := classify(err)
 			if retry && !(r.local() && now.Sub(s.Since()) > localFor) {
-				return "", "", max(after, retryFirst)
+				return "", "", h.retrying(d, r, reason, after)
 			}
 			return status, reason, 0
 		}
@@ -335,7 +335,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 	}
 	v := l.begin(s.ID, act{
 		Rule: s.Rule, Responder: s.Responder, Object: object(r, req), Namespace: req.Target.Namespace,
-		Owner: ownerOf(req.Pod), Urgent: a.Priority.Urgent(), Local: r.local(), Began: now,
+		Owner: owner(r, req), Urgent: a.Priority.Urgent(), Local: r.local(), Began: now,
 		Approved: s.Approved != nil,
 	}, &h.Guards, r.Instead != "", now)
 	switch {
@@ -351,7 +351,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		}
 		return h.suppress(v.guard, v.reason)
 	case v.guard == "owner" && mode == broker.Enforce:
-		return h.instead(ctx, s, r, req.Pod, v.reason)
+		return h.instead(ctx, s, r, owner(r, req), v.reason)
 	case v.guard != "":
 		return h.suppress(v.guard, v.reason)
 	case mode == broker.Audit:
@@ -421,7 +421,7 @@ func (h *Host) tellSpared(rule string, pod *corev1.Pod, class string) {
 }
 
 // instead puts the gentler responder in the step's place and tells people.
-func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *corev1.Pod, reason string) (broker.Status, string, time.Duration) {
+func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, owner, reason string) (broker.Status, string, time.Duration) {
 	reason += "; " + r.Instead + " is done instead"
 	n := *s
 	n.ID = broker.StepID(s.AlertID, s.Rule, s.Position, r.Instead)
@@ -431,7 +431,7 @@ func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, pod *cor
 		h.Log.Error("the step in another's place could not be stored", "step", s.ID, "responder", r.Instead, "error", err)
 		return "", "", retryFirst
 	}
-	if h.ledger.tellOnce(s.Rule+"\x00"+ownerOf(pod), time.Now()) {
+	if h.ledger.tellOnce(s.Rule+"\x00"+owner, time.Now()) {
 		h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
 	}
 	return h.suppress("owner", reason)
@@ -486,14 +486,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 				h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
 			}
 		}
-		h.Metrics.retries.WithLabelValues(r.Name).Inc()
-		o := s.Outcome(broker.Retrying, reason)
-		o.Attempt = d.Attempt
-		h.record(o)
-		if after == 0 {
-			after = backoff(d.Attempt)
-		}
-		h.retry(d, after)
+		h.retry(d, h.retrying(d, r, reason, after))
 		return
 	}
 	if err == nil {
@@ -527,6 +520,19 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		failpoint.Hit("host.after-result")
 	}
 	h.finish(ctx, d, r, status, res, undo)
+}
+
+// retrying says of a step that a try failed and another will be made, and after how
+// long; after is what the other side asked for.
+func (h *Host) retrying(d *broker.Delivery, r *running, reason string, after time.Duration) time.Duration {
+	h.Metrics.retries.WithLabelValues(r.Name).Inc()
+	o := d.Step.Outcome(broker.Retrying, reason)
+	o.Attempt = d.Attempt
+	h.record(o)
+	if after == 0 {
+		after = backoff(d.Attempt)
+	}
+	return after
 }
 
 // left says of a step that ends without having been done whether an earlier run of

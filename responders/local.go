@@ -200,6 +200,16 @@ func object(r *running, req *Request) string {
 	return objectOf(req.Target)
 }
 
+// owner is what the owner's limit counts by: the pod's controller, or the workload
+// where the step acts on that. A restart gives a Deployment another controller of
+// its pods.
+func owner(r *running, req *Request) string {
+	if p, ok := r.act.(Particular); ok && r.Object == PodObject {
+		return p.Object(req)
+	}
+	return ownerOf(req.Pod)
+}
+
 // missing says which of a responder's needs this machine does not grant.
 func missing(e Entry, local *node.Node) []string {
 	if local == nil || len(e.Needs) == 0 {
