@@ -17,8 +17,8 @@ type table struct {
 func (t *table) add(cells ...string) { t.rows = append(t.rows, cells) }
 
 // print writes the table so that it fits a terminal of so many columns: the last
-// column is wrapped under itself or, where the others leave it too little room,
-// stands below them. 0 columns: nothing is wrapped.
+// column is wrapped under itself or, where the others leave it too little room for
+// a line or for one of its words, stands below them. 0 columns: nothing is wrapped.
 func (t *table) print(w io.Writer, columns int) {
 	if len(t.rows) == 0 {
 		return
@@ -36,7 +36,15 @@ func (t *table) print(w io.Writer, columns int) {
 		left += n + 2
 	}
 	const least, indent = 30, 4
-	below := columns > 0 && columns-left < min(widths[last], least)
+	need := min(widths[last], least)
+	for _, r := range t.rows {
+		for word := range strings.FieldsSeq(clean(r[last])) {
+			if n := utf8.RuneCountInString(word); n <= columns-indent {
+				need = max(need, n)
+			}
+		}
+	}
+	below := columns > 0 && columns-left < need
 	if below {
 		left = indent
 	}
@@ -69,8 +77,13 @@ func wrap(s string, n int) []string {
 		return []string{s}
 	}
 	var out []string
-	line := ""
-	for _, word := range strings.Fields(s) {
+	line, gap := "", 0
+	for word := range strings.SplitSeq(s, " ") {
+		if gap++; word == "" {
+			continue
+		}
+		between := strings.Repeat(" ", min(gap, n))
+		gap = 0
 		for utf8.RuneCountInString(word) > n {
 			if line != "" {
 				out, line = append(out, line), ""
@@ -81,8 +94,8 @@ func wrap(s string, n int) []string {
 		switch {
 		case line == "":
 			line = word
-		case utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) <= n:
-			line += " " + word
+		case utf8.RuneCountInString(line)+len(between)+utf8.RuneCountInString(word) <= n:
+			line += between + word
 		default:
 			out, line = append(out, line), word
 		}

@@ -5,7 +5,7 @@
 # folder and one cgroup, and both go with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ "$(id -u)" = 0 ] || { echo "this needs root: sudo $0"; exit 1; }
+[ "$(id -u)" = 0 ] || { echo "this needs root: run it as root, or sudo $0"; exit 1; }
 [ -x stoop ] || { echo "build it first: make build"; exit 1; }
 
 id=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
@@ -49,7 +49,7 @@ END
 ./stoop run --mode enforce --rules "$dir/rules.yaml" --pipe "$dir/falco.pipe" --data "$dir/data" --node here 2>"$dir/log" &
 run=$!
 for _ in $(seq 100); do
-	grep -q '"msg":"ready"\|msg=ready' "$dir/log" && break
+	grep -qs '"msg":"ready"\|msg=ready' "$dir/log" && break
 	kill -0 "$run" 2>/dev/null || { cat "$dir/log"; exit 1; }
 	sleep 0.05
 done
@@ -80,7 +80,7 @@ fi
 
 echo
 echo "Taken back, by stoop undo --all:"
-./stoop undo --all --data "$dir/data"
+COLUMNS=80 ./stoop undo --all --data "$dir/data"
 sleep 0.2
 cat "$dir/alive"
 [ "$stood" != "$(cat "$dir/alive")" ] || { echo "the demo went wrong: the suspect stands still"; exit 1; }

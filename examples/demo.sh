@@ -22,11 +22,11 @@ sed "s|@dir@|$dir|" examples/demo-rules.yaml >"$dir/rules.yaml"
 ./stoop run --mode enforce --rules "$dir/rules.yaml" --pipe "$dir/falco.pipe" --data "$dir/data" --node demo 2>"$dir/log" &
 run=$!
 for _ in $(seq 100); do
-	[ -S "$dir/data/stoop.sock" ] && grep -q '"msg":"ready"\|msg=ready' "$dir/log" && break
+	[ -S "$dir/data/stoop.sock" ] && grep -qs '"msg":"ready"\|msg=ready' "$dir/log" && break
 	kill -0 "$run" 2>/dev/null || { cat "$dir/log"; exit 1; }
 	sleep 0.05
 done
-./stoop tail --data "$dir/data" >"$dir/tail" 2>/dev/null &
+COLUMNS=80 ./stoop tail --data "$dir/data" >"$dir/tail" 2>/dev/null &
 tail=$!
 sleep 0.5
 
