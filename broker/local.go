@@ -190,6 +190,9 @@ func Dial(dir string) (*Client, error) {
 	line, err := r.ReadSlice('\n')
 	if err != nil {
 		c.Close()
+		if errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("the running stoop at %s takes no connection now, since it is starting or being stopped, or has %d of them: try again", path, maxLocal)
+		}
 		return nil, fmt.Errorf("connect to the running stoop at %s: it does not answer: %w", path, err)
 	}
 	var h hello
