@@ -335,7 +335,7 @@ func (w *Network) side(ctx context.Context, host bool) (*side, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &side{s, route{s[unix.NETLINK_ROUTE]}, filter{s[unix.NETLINK_NETFILTER], host}}, nil
+	return &side{s, route{s[unix.NETLINK_ROUTE]}, filter{Conn: s[unix.NETLINK_NETFILTER], host: host}}, nil
 }
 
 // reached is a container's network with all that it takes to act on it.

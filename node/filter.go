@@ -14,8 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// filterTable is stoop's own nftables table, of the family netdev, in the host's
-// namespace and in those of the pods. Nobody else's is ever touched.
+// filterTable is stoop's own nftables table: of the family netdev in the host's
+// namespace and in those of the pods, and of the family inet in the host's for what
+// the whole node is kept from. Nobody else's is ever touched.
 const filterTable = "stoop"
 
 // filter talks to nftables in one namespace. The messages are written here
@@ -25,10 +26,19 @@ const filterTable = "stoop"
 type filter struct {
 	*netlink.Conn
 	host bool // it is the host's namespace
+	inet bool // the table is of the family inet, not netdev
+}
+
+func familyOf(inet bool) uint8 {
+	if inet {
+		return unix.NFPROTO_INET
+	}
+	return unix.NFPROTO_NETDEV
 }
 
 // batch is changes that the kernel makes all at once or not at all.
 type batch struct {
+	inet     bool // as in filter
 	messages []netlink.Message
 	size     int
 	err      error
@@ -47,7 +57,7 @@ func (b *batch) add(kind int, flags netlink.HeaderFlags, fill func(*netlink.Attr
 	}
 	b.messages = append(b.messages, netlink.Message{
 		Header: netlink.Header{Type: netlink.HeaderType(nftables | kind), Flags: netlink.Request | flags},
-		Data:   append([]byte{unix.NFPROTO_NETDEV, unix.NFNETLINK_V0, 0, 0}, attrs...),
+		Data:   append([]byte{familyOf(b.inet), unix.NFNETLINK_V0, 0, 0}, attrs...),
 	})
 	b.size += len(attrs) + 20
 }
@@ -87,6 +97,17 @@ func (b *batch) addChain(name string, h hook, rules ...[]expr.Any) {
 	if h.ingress {
 		hooknum, key = unix.NF_NETDEV_INGRESS, expr.MetaKeyIIF
 	}
+	otherDevice := []expr.Any{
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, uint32(h.index))},
+		&expr.Verdict{Kind: expr.VerdictAccept},
+	}
+	b.chain(name, hooknum, h.device, append([][]expr.Any{otherDevice}, rules...)...)
+}
+
+// chain makes a chain that holds these rules and no others; device is "" where the
+// hook is no device's.
+func (b *batch) chain(name string, hooknum uint32, device string, rules ...[]expr.Any) {
 	b.add(unix.NFT_MSG_NEWCHAIN, netlink.Create, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_CHAIN_TABLE, filterTable)
 		ae.String(unix.NFTA_CHAIN_NAME, name)
@@ -94,7 +115,9 @@ func (b *batch) addChain(name string, h hook, rules ...[]expr.Any) {
 			first := int32(math.MinInt32)
 			ae.Uint32(unix.NFTA_HOOK_HOOKNUM, hooknum)
 			ae.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(first))
-			ae.String(unix.NFTA_HOOK_DEV, h.device)
+			if device != "" {
+				ae.String(unix.NFTA_HOOK_DEV, device)
+			}
 			return nil
 		})
 		ae.Uint32(unix.NFTA_CHAIN_POLICY, 1) // accept
@@ -105,18 +128,13 @@ func (b *batch) addChain(name string, h hook, rules ...[]expr.Any) {
 		ae.String(unix.NFTA_RULE_TABLE, filterTable)
 		ae.String(unix.NFTA_RULE_CHAIN, name)
 	})
-	otherDevice := []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, uint32(h.index))},
-		&expr.Verdict{Kind: expr.VerdictAccept},
-	}
-	for _, rule := range append([][]expr.Any{otherDevice}, rules...) {
+	for _, rule := range rules {
 		b.add(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, func(ae *netlink.AttributeEncoder) {
 			ae.String(unix.NFTA_RULE_TABLE, filterTable)
 			ae.String(unix.NFTA_RULE_CHAIN, name)
 			ae.Nested(unix.NFTA_RULE_EXPRESSIONS, func(ae *netlink.AttributeEncoder) error {
 				for _, e := range rule {
-					data, err := expr.Marshal(unix.NFPROTO_NETDEV, e)
+					data, err := expr.Marshal(familyOf(b.inet), e)
 					if err != nil {
 						return err
 					}
@@ -253,7 +271,7 @@ func attribute(kind uint16, data []byte) []byte {
 
 // get asks for what there is; an answer's attributes are big-endian.
 func (f filter) get(kind int, flags netlink.HeaderFlags, fill func(*netlink.AttributeEncoder)) ([]*netlink.AttributeDecoder, error) {
-	var b batch
+	b := batch{inet: f.inet}
 	b.add(kind, flags, fill)
 	if b.err != nil {
 		return nil, b.err

@@ -22,7 +22,7 @@ import (
 func blockAddress() Entry {
 	return Entry{
 		Name: "block-address",
-		Doc:  "Drops every packet between the pod, or plain container, that raised the alert and the remote address of the alert's connection.",
+		Doc:  "Drops every packet between the pod, or plain container, that raised the alert, or the whole node, and the remote address of the alert's connection.",
 		Notes: `Whoever runs a process in a container chooses what it connects to, and so what the alert
 says. So the address is blocked for this pod only, and only while the kernel confirms a
 connection to it that the pod itself opened: TCP that is established or asked for, from
@@ -38,21 +38,30 @@ link-local (with it the cloud's metadata service), multicast; and what protect l
 Name there the control plane's own addresses and whatever else the pods depend on. The
 pod's own resolv.conf counts for nothing: it is the pod's to write.
 
-Packets are dropped where cut-network drops them, and the same is to be said of links
-without an end on the host and of NET_ADMIN. The kernel lifts it when ttl is over, with
-or without stoop.`,
+For a pod packets are dropped where cut-network drops them, and the same is to be said of
+links without an end on the host and of NET_ADMIN. For the node they are dropped in the
+host's netfilter, as they come in from any device, a pod's too, and as the node's own
+processes send them: all pods and the node itself lose that address. Packets that a
+network plugin takes by netfilter in programs of its own (Cilium's host routing in eBPF)
+are not seen there. By the time somebody approves, the connection has to be open still.
+The kernel lifts it when ttl is over, with or without stoop.`,
 		Params:   param.Describe(blockAddressDefaults()),
 		Needs:    []node.Need{node.NeedHostPID, node.NeedPtrace, node.NeedSysAdmin, node.NeedNetAdmin},
 		Kind:     Harm,
 		Object:   ContainerObject,
 		Deadline: 5 * time.Second,
-		New:      func(env Env) Responder { return newAddressBlocker(env) },
+		Approve: func(raw json.RawMessage) bool {
+			p := blockAddressDefaults()
+			_ = param.Decode(raw, &p) // Act says what is wrong with them
+			return p.Scope != "pod"
+		},
+		New: func(env Env) Responder { return newAddressBlocker(env) },
 	}
 }
 
 type blockAddressParams struct {
 	TTL     param.Duration `param:"ttl" min:"1s" max:"720h" doc:"How long the address is blocked; the kernel counts."`
-	Scope   string         `param:"scope" oneof:"pod" doc:"For whom: pod is the alert's pod alone. A whole node can't be given yet: that needs somebody's approval."`
+	Scope   string         `param:"scope" oneof:"pod node" doc:"For whom: pod is the alert's pod alone, node all pods of this node and the node itself."`
 	Protect []param.CIDR   `param:"protect" doc:"Addresses that are never blocked, besides those that never are."`
 }
 
@@ -148,6 +157,11 @@ func (b *addressBlocker) Object(r *Request) string {
 	far, err := remoteOf(r.Alert)
 	if err != nil {
 		return ""
+	}
+	params := blockAddressDefaults()
+	_ = r.Decode(&params) // Act says what is wrong with them
+	if params.Scope == "node" {
+		return "address/node/" + far.addr.Addr().String()
 	}
 	return "address/" + r.Container.ID + "/" + far.addr.Addr().String()
 }
@@ -262,9 +276,17 @@ func (b *addressBlocker) apiServer(ctx context.Context) ([]netip.Addr, error) {
 
 // addressBlock is the undo record: it is all that Undo and Keep believe.
 type addressBlock struct {
-	Boot      string      `json:"boot"`
-	Container string      `json:"container"`
-	Block     *node.Block `json:"block"`
+	Boot      string          `json:"boot"`
+	Container string          `json:"container"`
+	Block     *node.Block     `json:"block,omitempty"`
+	Node      *node.NodeBlock `json:"node,omitempty"` // in place of Block
+}
+
+func (b *addressBlock) address() netip.Addr {
+	if b.Node != nil {
+		return b.Node.Address
+	}
+	return b.Block.Address
 }
 
 func (b *addressBlocker) Act(ctx context.Context, r *Request) (Result, error) {
@@ -273,6 +295,9 @@ func (b *addressBlocker) Act(ctx context.Context, r *Request) (Result, error) {
 		return Result{}, err
 	}
 	a := far.addr.Addr()
+	if params.Scope == "node" {
+		return b.actOnNode(ctx, r, a, time.Duration(params.TTL), connection)
+	}
 	block, err := b.node.Block(ctx, r.Container, a, time.Duration(params.TTL), r.Resumed)
 	if errors.Is(err, node.ErrBlocked) {
 		return Result{Nothing: true, Reason: fmt.Sprintf("%s is blocked for the pod already", a)}, nil
@@ -295,20 +320,48 @@ func (b *addressBlocker) Act(ctx context.Context, r *Request) (Result, error) {
 	}, nil
 }
 
+func (b *addressBlocker) actOnNode(ctx context.Context, r *Request, a netip.Addr, ttl time.Duration, c node.Connection) (Result, error) {
+	block, err := b.node.BlockOnNode(ctx, a, ttl, r.Resumed)
+	if errors.Is(err, node.ErrBlocked) {
+		return Result{Nothing: true, Reason: fmt.Sprintf("%s is blocked for the node already", a)}, nil
+	}
+	if err != nil {
+		return Result{}, networkError(err)
+	}
+	undo, err := json.Marshal(addressBlock{Boot: b.node.BootID(), Container: r.Container.ID, Node: block})
+	if err != nil {
+		return Result{}, err
+	}
+	until := block.Until.Format(time.RFC3339)
+	return Result{
+		Reason: fmt.Sprintf("%s is blocked for the whole node until %s", a, until),
+		Found: map[string]string{
+			"address": a.String(), "until": until, "scope": "node",
+			"connection": c.Protocol + " " + c.Local.String() + "->" + c.Remote.String(),
+		},
+		Undo: undo, TTL: ttl,
+	}, nil
+}
+
 // Undo takes the address out of the kernel's sets, if its time is not over.
 func (b *addressBlocker) Undo(ctx context.Context, u *UndoRequest) (Result, error) {
 	rec, err := b.read(u)
 	if err != nil {
 		return Result{}, err
 	}
-	lifted, err := b.node.Unblock(ctx, rec.Block)
+	var lifted bool
+	if rec.Node != nil {
+		lifted, err = b.node.UnblockOnNode(ctx, rec.Node)
+	} else {
+		lifted, err = b.node.Unblock(ctx, rec.Block)
+	}
 	if err != nil {
-		return Result{}, fmt.Errorf("unblock %s: %w", rec.Block.Address, networkError(err))
+		return Result{}, fmt.Errorf("unblock %s: %w", rec.address(), networkError(err))
 	}
 	if !lifted {
-		return Result{Nothing: true, Reason: fmt.Sprintf("%s is not blocked any more: its time was over, or somebody lifted it", rec.Block.Address)}, nil
+		return Result{Nothing: true, Reason: fmt.Sprintf("%s is not blocked any more: its time was over, or somebody lifted it", rec.address())}, nil
 	}
-	return Result{Reason: fmt.Sprintf("%s is not blocked any more", rec.Block.Address)}, nil
+	return Result{Reason: fmt.Sprintf("%s is not blocked any more", rec.address())}, nil
 }
 
 // Keep puts the address back for the rest of its time.
@@ -317,19 +370,24 @@ func (b *addressBlocker) Keep(ctx context.Context, u *UndoRequest) (Result, erro
 	if err != nil {
 		return Result{}, err
 	}
-	restored, err := b.node.KeepBlock(ctx, rec.Block)
+	var restored bool
+	if rec.Node != nil {
+		restored, err = b.node.KeepNodeBlock(ctx, rec.Node)
+	} else {
+		restored, err = b.node.KeepBlock(ctx, rec.Block)
+	}
 	if err != nil {
 		return Result{}, networkError(err)
 	}
 	if !restored {
-		return Result{Nothing: true, Reason: fmt.Sprintf("%s is blocked", rec.Block.Address)}, nil
+		return Result{Nothing: true, Reason: fmt.Sprintf("%s is blocked", rec.address())}, nil
 	}
-	return Result{Reason: fmt.Sprintf("the block of %s was missing and was put back", rec.Block.Address)}, nil
+	return Result{Reason: fmt.Sprintf("the block of %s was missing and was put back", rec.address())}, nil
 }
 
 func (b *addressBlocker) read(u *UndoRequest) (*addressBlock, error) {
 	var rec addressBlock
-	if err := json.Unmarshal(u.Record, &rec); err != nil || rec.Block == nil || !rec.Block.Address.IsValid() || rec.Boot == "" {
+	if err := json.Unmarshal(u.Record, &rec); err != nil || (rec.Block == nil) == (rec.Node == nil) || !rec.address().IsValid() || rec.Boot == "" {
 		return nil, Refuse("the undo record of step %s can't be read", u.ID)
 	}
 	if rec.Boot != b.node.BootID() {

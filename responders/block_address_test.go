@@ -188,3 +188,55 @@ func TestRemoteOf(t *testing.T) {
 		t.Errorf("defaults %+v", d.Fields)
 	}
 }
+
+// The whole node loses an address when somebody has approved it.
+func TestBlockAddressForTheNode(t *testing.T) {
+	c, remote := newNetworkedContainer(t, nodetest.Netns(t)), nodetest.Netns(t)
+	in, _ := nodetest.Bridge(t, c.net, remote)
+	conn := dialled(t, c.net, remote, in.Host)
+	act := newAddressBlocker(Env{Local: c.node})
+	line := connectionAlert(fmt.Sprintf(`,"fd.name":"%s->%s","fd.l4proto":"tcp"`, conn.LocalAddr(), conn.RemoteAddr()))
+	r := c.request(t, "block-address", `{"ttl":"1h","scope":"node"}`, line)
+	if e := blockAddress(); !e.Approve(r.Step.Params) || e.Approve(jsonRaw(`{"ttl":"1h"}`)) {
+		t.Error("a step for the node asks, and no other")
+	}
+	if of := act.Object(r); strings.Contains(of, r.Container.ID) {
+		t.Errorf("another pod's alert would do it again: %s", of)
+	}
+	res, err := act.Act(soonest(t), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &UndoRequest{ID: r.Step.ID, Record: res.Undo}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if _, err := act.Undo(ctx, u); err != nil {
+			t.Errorf("undo: %v", err)
+		}
+	})
+	if res.Nothing || res.TTL != time.Hour || res.Found["scope"] != "node" || res.Found["address"] != in.Host.String() {
+		t.Errorf("result %+v", res)
+	}
+	if kept, err := act.Keep(soonest(t), u); err != nil || !kept.Nothing {
+		t.Errorf("keep: %+v, %v", kept, err)
+	}
+	if again, err := act.Act(soonest(t), r); err != nil || !again.Nothing || again.Undo != nil {
+		t.Errorf("another step for the same address: %+v, %v", again, err)
+	}
+	r.Resumed = true
+	if again, err := act.Act(soonest(t), r); err != nil || again.Nothing || again.Undo == nil {
+		t.Errorf("the same step once more: %+v, %v", again, err)
+	}
+	if back, err := act.Undo(soonest(t), u); err != nil || back.Nothing {
+		t.Fatalf("undo: %+v, %v", back, err)
+	}
+	if kept, err := act.Keep(soonest(t), u); err != nil || kept.Nothing {
+		t.Errorf("keep of what is missing: %+v, %v", kept, err)
+	}
+	// The same guards as for a pod.
+	act.server, act.resolved = in.Host.String(), time.Time{}
+	if _, err := act.Act(soonest(t), r); !as[*refusal](err) {
+		t.Errorf("the API server's address: %v", err)
+	}
+}
