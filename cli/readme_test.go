@@ -114,7 +114,7 @@ func TestDocsCommands(t *testing.T) {
 
 // The check itself tells right from wrong.
 func TestDocsCommandsAreChecked(t *testing.T) {
-	script := "FOO=1 stoop nonsense a # stoop run\ncat <<END | stoop tail 'a b' >out && x \\\n  | ./stoop run --stdin <in &\nstoop no\nEND\nstoop undo \"$(cat id)\""
+	script := "FOO=1 stoop nonsense a # stoop run\ncat <<END | stoop tail 'a b' >out && x \\\n  | ./stoop run --stdin <in 2>err &\nstoop no\nEND\nstoop undo \"$(cat id)\""
 	var got []string
 	for _, argv := range commands(script) {
 		got = append(got, strings.Join(argv, "|"))
@@ -222,6 +222,7 @@ func commands(script string) [][]string {
 				switch {
 				case skip:
 					skip = false
+				case descriptor.MatchString(w) && line != "" && strings.ContainsRune("<>", rune(line[0])): // 2>file
 				case len(argv) == 0 && assignment.MatchString(w):
 				default:
 					argv = append(argv, w)
@@ -235,7 +236,10 @@ func commands(script string) [][]string {
 	return all
 }
 
-var assignment = regexp.MustCompile(`^[A-Z_]+=`)
+var (
+	assignment = regexp.MustCompile(`^[A-Z_]+=`)
+	descriptor = regexp.MustCompile(`^[0-9]$`)
+)
 
 // word takes the first word off a line, without its quotes.
 func word(line string) (w, rest string) {
