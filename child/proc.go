@@ -343,17 +343,28 @@ func (r redactor) environ(b []byte) []byte {
 			continue
 		}
 		name, value, ok := bytes.Cut(entry, []byte("="))
-		switch {
-		case ok && r.matches(string(name)):
-			out = fmt.Appendf(append(out, name...), "=<redacted, %d bytes>", len(value))
-		case ok:
-			out = append(append(append(out, name...), '='), login.ReplaceAll(value, []byte("$1<redacted>@"))...)
-		default:
+		if ok {
+			out = append(append(append(out, name...), '='), r.value(string(name), value)...)
+		} else {
 			out = append(out, entry...)
 		}
 		out = append(out, 0)
 	}
 	return out
+}
+
+func (r redactor) value(name string, value []byte) []byte {
+	if r.matches(name) {
+		return fmt.Appendf(nil, "<redacted, %d bytes>", len(value))
+	}
+	return login.ReplaceAll(value, []byte("$1<redacted>@"))
+}
+
+// Redacted is what evidence may show of a value: nothing of it where its name
+// matches one of the globs, as in [Capture], and else all but the logins in
+// addresses.
+func Redacted(globs []string, name, value string) string {
+	return string(redactor(globs).value(name, []byte(value)))
 }
 
 func (r redactor) matches(name string) bool {

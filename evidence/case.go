@@ -206,6 +206,36 @@ func (c *Case) Add(ctx context.Context, name string, r io.Reader, max int64) (Pi
 	return p, err
 }
 
+// Drop takes a piece away again: what came was not what it was taken for.
+func (c *Case) Drop(name string) error {
+	i := slices.IndexFunc(c.m.Pieces, func(p Piece) bool { return p.Name == name })
+	if i < 0 || c.over {
+		return fmt.Errorf("the evidence of step %s has no piece %.100q to take away", c.about.Step, name)
+	}
+	p := c.m.Pieces[i]
+	c.m.Pieces = slices.Delete(c.m.Pieces, i, i+1)
+	if p.SHA256 == "" {
+		return nil
+	}
+	if err := c.store.root.Remove(path(c.about.Step, p.Name)); err != nil {
+		return fmt.Errorf("take %s of step %s away: %w", p.Name, c.about.Step, err)
+	}
+	c.unsafe = slices.DeleteFunc(c.unsafe, func(n string) bool { return n == p.Name })
+	c.store.count(-blocks(p.Size))
+	return nil
+}
+
+// Doubt marks a piece as not whole, and says why.
+func (c *Case) Doubt(name, why string) {
+	for i := range c.m.Pieces {
+		if p := &c.m.Pieces[i]; p.Name == name && p.Error == "" {
+			p.Error = why
+		} else if p.Name == name {
+			p.Error += "; " + why
+		}
+	}
+}
+
 // put lists a piece, in the place of one of its name.
 func (c *Case) put(p Piece) {
 	if i := slices.IndexFunc(c.m.Pieces, func(o Piece) bool { return o.Name == p.Name }); i >= 0 {

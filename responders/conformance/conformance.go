@@ -16,6 +16,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -65,7 +66,7 @@ type Case struct {
 	Namespace func(t testing.TB, w World) string
 	// Params are the step's, and effects tells how often it acted. Of a pod's
 	// responder effects may be nil: then what it wrote to the API server is
-	// counted.
+	// counted, and of one that keeps evidence its cases.
 	Params func(t testing.TB) (params string, effects func() int)
 	// Prepare makes what the step is about besides the pod, and returns further
 	// fields of the alert; for what acts on the cluster. The kind of alert is
@@ -262,17 +263,42 @@ func Run(t *testing.T, c Case) {
 	if cluster {
 		t.Run("forbidden", func(t *testing.T) {
 			t.Parallel()
-			var written []write
+			var written, asked []write
 			t.Run("find out", func(t *testing.T) {
 				r := newRig(t, c, entry)
 				r.start()
 				r.want(r.step(), broker.Done)
-				written = r.net.writes()
+				written, asked = r.net.writes(), r.net.reads()
 			})
-			if entry.Kind == responders.Evidence {
-				return // it reads
-			}
 			seen := map[string]bool{}
+			if entry.Kind == responders.Evidence {
+				// It reads. What it may not is its failure, or missing in what is kept.
+				for _, w := range asked {
+					name := w.verb + " " + w.resource
+					if seen[name] {
+						continue
+					}
+					seen[name] = true
+					partOf(t, name, func(t *testing.T, r *rig) {
+						r.start()
+						r.world.Forbid(t, w.verb, w.group, w.resource)
+						s := r.step()
+						said := r.want(s, broker.Failed, broker.Done).Reason
+						if m, err := os.ReadFile(filepath.Join(r.evidence, s.ID, "manifest.json")); err == nil {
+							said += string(m)
+						}
+						for _, word := range []string{"missing permission", w.verb, w.resource} {
+							if !strings.Contains(said, word) {
+								t.Errorf("neither the reason nor the manifest names %q: %s", word, said)
+							}
+						}
+					})
+				}
+				if len(seen) == 0 {
+					t.Error("the step asked the API server for nothing")
+				}
+				return
+			}
 			for _, w := range written {
 				name := w.verb + " " + w.resource
 				if seen[name] {
@@ -436,6 +462,9 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 		if r.suspect.New != nil {
 			r.entry.New = r.suspect.New
 		}
+	}
+	if r.counted == nil && entry.Kind == responders.Evidence {
+		r.counted = r.cases
 	}
 	r.pod = r.newPod("web-0")
 	if c.Prepare != nil {
@@ -774,7 +803,7 @@ func until(t testing.TB, what string, is func() bool) {
 	}
 }
 
-// write is a request that changes something.
+// write is a request, mostly one that changes something.
 type write struct{ verb, group, resource, namespace, name string }
 
 // network stands between a responder and everything else: it notes what is
@@ -782,6 +811,7 @@ type write struct{ verb, group, resource, namespace, name string }
 type network struct {
 	mu      sync.Mutex
 	written []write
+	asked   []write
 	hanging chan struct{} // closed when it goes on; nil when it does not hang
 	lose    bool          // the answer to the first request of each kind that writes
 	lost    map[string]bool
@@ -830,6 +860,13 @@ func (n *network) writes() []write {
 	return slices.Clone(n.written)
 }
 
+// reads are what was asked for.
+func (n *network) reads() []write {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.asked)
+}
+
 func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	p.n.mu.Lock()
 	hanging := p.n.hanging
@@ -857,6 +894,11 @@ func (p *tripper) RoundTrip(req *http.Request) (*http.Response, error) {
 			resp.Body.Close()
 			return nil, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
 		}
+	}
+	if c, ok := read(req); ok && req.Method == http.MethodGet {
+		p.n.mu.Lock()
+		p.n.asked = append(p.n.asked, write{c.verb, c.group, c.permission(), c.namespace, c.name})
+		p.n.mu.Unlock()
 	}
 	return p.next.RoundTrip(req)
 }

@@ -49,6 +49,7 @@ type Server struct {
 	forbidden map[string]bool // "verb resource", for stoop
 	finished  chan struct{}
 	onExec    func(c Command, stdout, stderr io.Writer) int
+	onLog     func(l Log, w io.Writer)
 }
 
 type object = map[string]any
@@ -262,6 +263,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.watch(w, r, c)
 	case c.executes():
 		s.exec(w, r, c)
+	case c.verb == "get" && c.permission() == "pods/log":
+		s.log(w, r, c)
 	default:
 		s.mu.Lock()
 		code, answer := s.do(c, r, body)
@@ -605,6 +608,10 @@ func matches(o object, c call, r *http.Request) bool {
 	if node, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "spec.nodeName="); ok {
 		spec, _ := o["spec"].(object)
 		return text(spec, "nodeName") == node
+	}
+	if uid, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "involvedObject.uid="); ok {
+		about, _ := o["involvedObject"].(object)
+		return text(about, "uid") == uid
 	}
 	return true
 }
