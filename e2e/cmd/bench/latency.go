@@ -27,8 +27,10 @@ type stage struct {
 	gone map[types.UID]time.Time
 }
 
-func (b *bench) stage(rules string) *stage {
-	s := &stage{bench: b, node: b.cluster.Node(b), ns: b.cluster.Namespace(b, kube.Name("bench")), gone: map[types.UID]time.Time{}}
+func (b *bench) stage(rules string) *stage { return b.stageOn(b.cluster.Node(b), rules) }
+
+func (b *bench) stageOn(node, rules string) *stage {
+	s := &stage{bench: b, node: node, ns: b.cluster.Namespace(b, kube.Name("bench")), gone: map[types.UID]time.Time{}}
 	w, err := b.account.Client.CoreV1().Pods(s.ns).Watch(b.Context(), metav1.ListOptions{})
 	if err != nil {
 		b.Fatalf("watch the pods: %v", err)

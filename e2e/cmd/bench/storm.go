@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -86,10 +87,12 @@ func (s *stage) debugStorm(stop <-chan struct{}) (written int, err error) {
 	}
 }
 
-// storm is a Critical alert amid a flood of debug alerts, and the memory that
-// the flood takes.
+// storm is a Critical alert amid a flood of debug alerts and beside destinations
+// that hang, and the memory that this takes.
 func (b *bench) storm() {
-	s := b.stage(b.deleteRules())
+	node := b.cluster.Node(b)
+	h := b.newHanging(node)
+	s := b.stageOn(node, b.deleteRules()+h.rules)
 	s.measure(s.byAlert, 20, 20)
 	s.measure(s.byRequest, 20, 20)
 	n := b.samples(600)
@@ -98,22 +101,23 @@ func (b *bench) storm() {
 
 	stop := make(chan struct{})
 	var flood sync.WaitGroup
-	var written int
-	var err error
+	var written, hung int
+	var err, hangErr error
 	var peak int64
 	began := time.Now()
 	flood.Go(func() { written, err = s.debugStorm(stop) })
+	flood.Go(func() { hung, hangErr = h.run(s, stop) })
 	flood.Go(func() { peak = s.stoop.Peak(stop) })
 	stormy, bareStormy := s.compare(n, 20, 20)
 	close(stop)
 	flood.Wait()
 	took := time.Since(began)
-	if err != nil {
+	if err = errors.Join(err, hangErr); err != nil {
 		b.Fatalf("%v", err)
 	}
 	q99, s99 := figures.Quantile(quiet, .99), figures.Quantile(stormy, .99)
 	b.add(row{
-		what:  fmt.Sprintf("Critical alert → pod seen gone amid %d debug alerts a second, p99 (%d)", stormRate, n),
+		what:  fmt.Sprintf("Critical alert → pod seen gone amid %d debug alerts a second, beside a hanging webhook and a hanging request, p99 (%d)", stormRate, n),
 		stoop: figures.MS(s99), bare: figures.MS(q99) + " (stoop without the flood)",
 		ratio: fmt.Sprintf("%s, %s", more(s99-q99), over(float64(s99), float64(q99))),
 		aim:   "at most 25 ms more", held: s99-q99 <= 25*time.Millisecond,
@@ -126,6 +130,7 @@ func (b *bench) storm() {
 		figures.MS(figures.Quantile(stormy, .5)), figures.MS(figures.Quantile(bareStormy, .5)), figures.MS(figures.Quantile(bareStormy, .99)),
 		figures.MS(figures.Quantile(quiet, .5)), figures.MS(figures.Quantile(bareQuiet, .5)), figures.MS(figures.Quantile(bareQuiet, .99)),
 		float64(written)/took.Seconds(), s.stoop.Metric("stoop_alerts_shed_total"), written)
+	b.note("Meanwhile a webhook that never answers and a request that the API server never answers were asked for %d times each, and %d of these steps were done.", hung, h.finished(s))
 	s.noteTook(began)
 	s.stoop.Stop()
 }
