@@ -55,7 +55,7 @@ type HTTPSource struct {
 type Broker struct {
 	Listen string       `param:"listen" doc:"host:port for other NATS clients; off when empty. Needs TLS, and anything but loopback needs users or a client CA."`
 	TLS    TLS          `param:"tls" doc:"Certificates for listen."`
-	Users  []BrokerUser `param:"users" doc:"Who may connect: they hear alerts and outcomes and may call stoop.api.>, no more."`
+	Users  []BrokerUser `param:"users" doc:"Who may connect: they hear alerts and outcomes and may call stoop.api.>, no more; those with serve answer calls instead."`
 	Mirror []string     `param:"mirror" doc:"Further subjects that every alert is published on."`
 	Sync   Sync         `param:"sync" doc:"How often the store is synced to disk: a duration, or always. A killed process loses nothing either way; a lost machine loses as much."`
 	Limits BrokerLimits `param:"limits" doc:"What is kept, and for how long."`
@@ -73,6 +73,19 @@ type BrokerUser struct {
 	Name     string       `param:"name" doc:"The user's name."`
 	Password param.Secret `param:"password" doc:"Where the password is read: {file: PATH} or {env: NAME}."`
 	NKey     string       `param:"nkey" doc:"The public nkey, in place of name and password."`
+	Serve    []Subject    `param:"serve" doc:"The subjects on which it answers the responder call, such as functions.>. It may do that and nothing else."`
+}
+
+// Subject is a NATS subject that programs of the user's may answer on.
+type Subject string
+
+// UnmarshalText refuses what takes in a subject of stoop's.
+func (s *Subject) UnmarshalText(b []byte) error {
+	if err := broker.CheckServe(string(b)); err != nil {
+		return err
+	}
+	*s = Subject(b)
+	return nil
 }
 
 // BrokerLimits is what the streams keep.
@@ -299,6 +312,9 @@ func (c *Config) brokerConfig() (broker.Config, error) {
 	bc.Listen = &broker.Listen{Addr: c.Broker.Listen, Cert: c.Broker.TLS.Cert, Key: c.Broker.TLS.Key, CA: c.Broker.TLS.CA}
 	for _, u := range c.Broker.Users {
 		user := broker.User{Name: u.Name, NKey: u.NKey}
+		for _, s := range u.Serve {
+			user.Serve = append(user.Serve, string(s))
+		}
 		if u.Password.IsSet() {
 			p, err := u.Password.Resolve()
 			if err != nil {

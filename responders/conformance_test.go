@@ -230,6 +230,7 @@ func conformanceCases() []conformance.Case {
 		workloadCases(),
 		nodeCases(),
 		captureCases(),
+		callCases(),
 	)
 }
 

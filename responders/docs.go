@@ -64,6 +64,9 @@ node (the request says of which node; RBAC can't):
 		b.WriteString("\n")
 		if e.local() && (e.Kind == Harm || len(e.Needs) > 0) {
 			says := "It acts on the node itself and asks no API server."
+			if e.Object == NoObject {
+				says = "It asks no API server."
+			}
 			if e.Kind == Harm {
 				says += " It counts in guard.localLimits."
 			}

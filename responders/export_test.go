@@ -25,3 +25,12 @@ func NewRun(wrapper ...string) func(Env) Responder {
 		return r
 	}
 }
+
+// Render is what comes of the body of a webhook-call for an alert.
+func Render(body string, alert []byte) ([]byte, error) {
+	n := notice{Alert: alert}
+	return template(body).render(n.lookup)
+}
+
+// CheckBody says what is wrong with a body of a webhook-call.
+func CheckBody(body string) error { return new(template).UnmarshalText([]byte(body)) }

@@ -148,6 +148,9 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 	if h.Env.Log == nil {
 		h.Env.Log = h.Log
 	}
+	if h.Env.Caller == nil {
+		h.Env.Caller = c.Broker
+	}
 	for _, e := range c.Entries {
 		if err := c.Broker.OpenSteps(ctx, e.Name); err != nil {
 			return nil, err

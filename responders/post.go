@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 	"unicode"
+
+	"stoop/param"
 )
 
 // poster sends notifications by HTTP. What it returns says whether another
@@ -38,13 +40,20 @@ const maxRetryAfter = 10 * time.Minute
 
 // post sends body as JSON. The context bounds it.
 func (p *poster) post(ctx context.Context, address string, header http.Header, body []byte) error {
+	_, err := p.ask(ctx, address, header, body, 0)
+	return err
+}
+
+// ask posts body as JSON and returns the answer, which is an error if it has
+// more than most bytes; with 0 it is not looked at.
+func (p *poster) ask(ctx context.Context, address string, header http.Header, body []byte, most int64) ([]byte, error) {
 	host, err := hostOf(address)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address, bytes.NewReader(body))
 	if err != nil {
-		return fmt.Errorf("the address is none that a request can be sent to")
+		return nil, fmt.Errorf("the address is none that a request can be sent to")
 	}
 	for name, values := range header {
 		req.Header[name] = values
@@ -57,15 +66,25 @@ func (p *poster) post(ctx context.Context, address string, header http.Header, b
 		if errors.As(err, &u) {
 			err = u.Err // without the address
 		}
-		return Retry(fmt.Errorf("post to %s: %w", host, err), 0)
+		return nil, Retry(fmt.Errorf("post to %s: %w", host, err), 0)
 	}
 	defer resp.Body.Close()
+	code := resp.StatusCode
+	if code/100 == 2 && most > 0 {
+		answer, err := io.ReadAll(io.LimitReader(resp.Body, most+1))
+		switch {
+		case err != nil:
+			return nil, Retry(fmt.Errorf("post to %s: reading the answer: %w", host, err), 0)
+		case int64(len(answer)) > most:
+			return nil, fmt.Errorf("post to %s: the answer has more than %s", host, param.Size(most))
+		}
+		return answer, nil
+	}
 	excerpt, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
 	// The rest, up to a bound, so that the connection can be used again.
 	_, _ = io.CopyN(io.Discard, resp.Body, 64<<10)
-	code := resp.StatusCode
 	if code/100 == 2 {
-		return nil
+		return nil, nil
 	}
 	err = fmt.Errorf("post to %s: %d %s", host, code, http.StatusText(code))
 	if said := oneLine(string(excerpt), 200); said != "" {
@@ -73,13 +92,13 @@ func (p *poster) post(ctx context.Context, address string, header http.Header, b
 	}
 	switch {
 	case code/100 == 3:
-		return fmt.Errorf("%w; redirects are not followed: write the address that is meant", err)
+		return nil, fmt.Errorf("%w; redirects are not followed: write the address that is meant", err)
 	case code == http.StatusTooManyRequests, code == http.StatusServiceUnavailable:
-		return Retry(err, retryAfter(resp.Header.Get("Retry-After"), time.Now()))
+		return nil, Retry(err, retryAfter(resp.Header.Get("Retry-After"), time.Now()))
 	case code >= 500, code == http.StatusRequestTimeout, code == http.StatusTooEarly:
-		return Retry(err, 0)
+		return nil, Retry(err, 0)
 	}
-	return err
+	return nil, err
 }
 
 // retryAfter reads seconds or a date; 0 is neither.

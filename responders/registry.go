@@ -26,6 +26,8 @@ func All() []Entry {
 		quarantineFile(),
 		lockUser(),
 		run(),
+		call(),
+		webhookCall(),
 		slack(),
 		webhook(),
 		file(),

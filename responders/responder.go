@@ -162,6 +162,7 @@ type Env struct {
 	Evidence *evidence.Store
 	Self     Self          // what stoop is known by
 	Own      *OwnProcesses // what stoop has started itself; nil remembers nothing
+	Caller   Caller        // asks programs of the user's; the host gives its broker
 	Log      *slog.Logger
 }
 

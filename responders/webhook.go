@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"net/textproto"
 	"strings"
 	"time"
@@ -89,6 +88,8 @@ type notice struct {
 	Found   []broker.Finding `json:"found,omitempty"`
 	Node    string           `json:"node,omitempty"`
 	Cluster string           `json:"cluster,omitempty"`
+	// Resumed says that an earlier run of the step was cut off, and may have asked.
+	Resumed bool `json:"resumed,omitempty"`
 }
 
 func newNotice(r *Request, node, cluster string) notice {
@@ -114,16 +115,9 @@ func (w *webhookPoster) Act(ctx context.Context, r *Request) (Result, error) {
 	if err != nil {
 		return Result{}, Refuse("the alert is no JSON: %v", err)
 	}
-	header := http.Header{"Idempotency-Key": {r.Step.ID}}
-	for _, h := range params.Headers {
-		value, err := h.Value.Resolve()
-		if err != nil {
-			return Result{}, Refuse("header %s: %v", h.Name, err)
-		}
-		if !httpguts.ValidHeaderFieldValue(value) {
-			return Result{}, Refuse("header %s: its secret holds a character that no header may", h.Name)
-		}
-		header.Add(h.Name, value)
+	header, err := params.header(r)
+	if err != nil {
+		return Result{}, err
 	}
 	if params.SigningKey.IsSet() {
 		key, err := params.SigningKey.Resolve()

@@ -76,6 +76,9 @@ type Case struct {
 	Done func(t testing.TB, w World, pod *corev1.Pod)
 	// Undone fails the test unless it is as before. For what can be undone.
 	Undone func(t testing.TB, w World, pod *corev1.Pod)
+	// Serve answers what the step asks by NATS, on the server that a part of the
+	// suite runs, and returns how often it was asked.
+	Serve func(t testing.TB, b *broker.Broker) (effects func() int)
 	// Suspect makes what a responder of the node itself acts on, anew for each
 	// part of the suite.
 	Suspect func(t testing.TB) *Suspect
@@ -497,6 +500,9 @@ func (r *rig) start() *responders.Host {
 		r.pods.Run(watching)
 	}()
 	r.broker = brokertest.New(t)
+	if r.c.Serve != nil {
+		r.counted = r.c.Serve(t, r.broker)
+	}
 	r.evidence = filepath.Join(t.TempDir(), "evidence")
 	store, err := evidence.Open(evidence.Config{Dir: r.evidence, Size: 64 << 20, PerTarget: 3, Log: log})
 	if err != nil {
@@ -506,7 +512,7 @@ func (r *rig) start() *responders.Host {
 	env := responders.Env{
 		Local: r.local, Evidence: store,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
-		Node: r.node, Cluster: "test", Data: t.TempDir(), Log: log,
+		Node: r.node, Cluster: "test", Data: t.TempDir(), Caller: r.broker, Log: log,
 	}
 	r.responder = r.entry.New(env)
 	h, err := responders.NewHost(ctx, responders.Config{
