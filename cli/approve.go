@@ -67,7 +67,7 @@ func (p *program) decide(cmd *cobra.Command, data, subject, id string) error {
 		what += "  " + t
 	}
 	if o.Status != broker.Denied {
-		what += "  (stoop history shows what comes of it)"
+		what += "  (see stoop history)"
 	}
 	p.entry("", what)
 	return nil

@@ -50,6 +50,11 @@ func TestScripts(t *testing.T) {
 			}
 			e.Setenv("ADDR", addr)
 			e.Defer(func() { _ = exec.Command("umount", "-l", e.Getenv("WORK")+"/disk").Run() })
+			e.Defer(func() { // a script that failed in the middle
+				end := exec.Command("sh", "suspect.sh", "end")
+				end.Dir = e.Getenv("WORK")
+				_ = end.Run()
+			})
 			e.Setenv("NODE_NAME", "node-1")
 			e.Setenv("COLUMNS", "80")
 			return nil
