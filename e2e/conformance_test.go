@@ -81,6 +81,7 @@ func TestConformance(t *testing.T) {
 	for _, c := range slices.Concat(
 		workloadCases(),
 		nodeCases(),
+		nodeActCases(),
 		captureCases(t),
 	) {
 		cases[c.Responder] = c

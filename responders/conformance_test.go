@@ -229,6 +229,7 @@ func conformanceCases() []conformance.Case {
 	},
 		workloadCases(),
 		nodeCases(),
+		nodeActCases(),
 		captureCases(),
 		callCases(),
 	)

@@ -27,6 +27,7 @@ type Kube struct {
 	dynamic          dynamic.Interface
 	config           *rest.Config
 	served           served
+	nodeTurn         nodeTurn
 }
 
 // NewKube reaches the API server as configured. All its requests share one

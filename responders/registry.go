@@ -12,6 +12,8 @@ func All() []Entry {
 		evictPod(),
 		isolatePod(),
 		labelPod(),
+		annotatePod(),
+		labelNode(),
 		execInPod(),
 		debugPod(),
 		freezeContainer(),
