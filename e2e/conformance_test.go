@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"reflect"
 	"slices"
 	"testing"
@@ -83,8 +84,9 @@ func TestConformance(t *testing.T) {
 		nodeCases(),
 		nodeActCases(),
 		captureCases(t),
+		rbacCases(),
 	) {
-		cases[c.Responder] = c
+		cases[cmp.Or(c.Name, c.Responder)] = c
 	}
 	for _, entry := range responders.All() {
 		switch entry.Object {
@@ -95,17 +97,22 @@ func TestConformance(t *testing.T) {
 		if withKubelet(entry.Name) {
 			continue
 		}
-		c, ok := cases[entry.Name]
-		if !ok {
+		found := false
+		for name, c := range cases {
+			if cmp.Or(c.Responder, name) != entry.Name {
+				continue
+			}
+			found = true
+			c.Responder = entry.Name
+			c.World = func(t testing.TB) conformance.World {
+				return clusterWorld{shared.cluster, shared.cluster.Account(t, append(allRBAC(), grants(t, entry, c)...))}
+			}
+			c.Namespace = func(t testing.TB, _ conformance.World) string { return shared.cluster.Namespace(t, kube.Name("ns")) }
+			t.Run(name, func(t *testing.T) { conformance.Run(t, c) })
+		}
+		if !found {
 			t.Errorf("responder %s acts on the cluster and has no case here", entry.Name)
-			continue
 		}
-		c.Responder = entry.Name
-		c.World = func(t testing.TB) conformance.World {
-			return clusterWorld{shared.cluster, shared.cluster.Account(t, allRBAC())}
-		}
-		c.Namespace = func(t testing.TB, _ conformance.World) string { return shared.cluster.Namespace(t, kube.Name("ns")) }
-		t.Run(entry.Name, func(t *testing.T) { conformance.Run(t, c) })
 	}
 }
 

@@ -2,6 +2,7 @@ package responders_test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -229,6 +230,7 @@ func conformanceCases() []conformance.Case {
 	},
 		workloadCases(),
 		nodeCases(),
+		rbacCases(),
 		nodeActCases(),
 		captureCases(),
 		callCases(),
@@ -305,7 +307,7 @@ func killable(t testing.TB) *conformance.Suspect {
 func TestConformance(t *testing.T) {
 	for _, c := range conformanceCases() {
 		c.World = world
-		t.Run(c.Responder, func(t *testing.T) { conformance.Run(t, c) })
+		t.Run(cmp.Or(c.Name, c.Responder), func(t *testing.T) { conformance.Run(t, c) })
 	}
 }
 

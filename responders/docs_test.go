@@ -88,8 +88,9 @@ func TestRegistry(t *testing.T) {
 		if e.Deadline <= 0 || e.Deadline > time.Minute {
 			t.Errorf("%s: a try may take %s", e.Name, e.Deadline)
 		}
-		if (e.Object == responders.PodObject) != (len(e.RBAC) > 0) {
-			t.Errorf("%s acts on a pod without permissions, or on none with some", e.Name)
+		cluster := e.Object == responders.PodObject || e.Object == responders.NodeObject || e.Object == responders.ResourceObject
+		if cluster != (len(e.RBAC) > 0 || e.Grants != nil) {
+			t.Errorf("%s acts on the cluster without permissions, or on nothing there with some", e.Name)
 		}
 		for _, r := range e.RBAC {
 			for _, words := range [][]string{r.Verbs, r.Resources, r.APIGroups} {

@@ -148,6 +148,9 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 	if h.Env.Log == nil {
 		h.Env.Log = h.Log
 	}
+	if h.Env.ProtectedNamespace == nil {
+		h.Env.ProtectedNamespace = func(ns string) bool { return matchAny(h.Guards.Namespaces, ns) }
+	}
 	if h.Env.Caller == nil {
 		h.Env.Caller = c.Broker
 	}
@@ -368,22 +371,23 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 // nothing to act on.
 func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker.Mode) (status broker.Status, reason string, again time.Duration) {
 	s := req.Step
+	object := r.objectOf(s.Params)
 	var missing string
 	var err error
 	switch {
-	case r.Object == NoObject:
+	case object == NoObject:
 		return "", "", 0
 	case !r.cluster():
 		missing, err = h.locate(ctx, r, req)
-	case r.Object == PodObject && s.Target.Host:
+	case object == PodObject && s.Target.Host:
 		return broker.Refused, "the host raised the alert: there is no pod", 0
-	case r.Object == ResourceObject && (s.Target.Resource == nil || s.Target.Resource.Name == ""):
+	case object == ResourceObject && (s.Target.Resource == nil || s.Target.Resource.Name == ""):
 		err = errNoResource
 	case (h.Pods == nil || r.act == nil) && mode == broker.Audit:
-		return broker.Audited, "no cluster: " + r.Object.String() + " could not be looked up", 0
+		return broker.Audited, "no cluster: " + object.String() + " could not be looked up", 0
 	case h.Pods == nil || r.act == nil:
 		return broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
-	case r.Object == NodeObject, r.Object == ResourceObject:
+	case object == NodeObject, object == ResourceObject:
 		return "", "", 0
 	default:
 		req.Pod, req.Target, err = h.Pods.Resolve(ctx, s.Target)
@@ -500,7 +504,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	}
 	// What was done is recorded also when stoop is being stopped.
 	ctx = context.WithoutCancel(ctx)
-	undo := status == broker.Done && res.Undo != nil
+	undo := res.Undo != nil && (status == broker.Done || status == broker.Failed)
 	if undo {
 		if err := h.undos.add(ctx, s, &r.Entry, res, false); err != nil {
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)

@@ -193,7 +193,7 @@ func object(r *running, req *Request) string {
 		return "container/" + req.Container.ID
 	case r.Object == NodeObject:
 		return "node"
-	case r.Object == ResourceObject:
+	case r.objectOf(req.Step.Params) == ResourceObject:
 		t := req.Target.Resource
 		return "resource/" + t.Resource + "/" + t.Namespace + "/" + t.Name
 	}

@@ -39,6 +39,9 @@ import (
 //   - [ErrGone]: the target is not there any more; the outcome is nothing.
 //   - anything else: failed, and not tried again. Kubernetes' own errors may be
 //     returned as they are: the host knows which of them pass.
+//
+// A step that failed after a part of it was done returns both: the error, and
+// with [Result.Undo] how that part is taken back.
 type Responder interface {
 	Act(ctx context.Context, r *Request) (Result, error)
 }
@@ -85,6 +88,9 @@ type Entry struct {
 	// Grants are the permissions that a step with these parameters needs; nil:
 	// they are RBAC, whatever the parameters.
 	Grants func(params json.RawMessage) []rbacv1.PolicyRule
+	// ObjectOf is what a step with these parameters acts on; nil: Object,
+	// whatever the parameters.
+	ObjectOf func(params json.RawMessage) Object
 	// Lane names the destination that a step goes to, so that a hanging one
 	// holds up no other; nil means that all steps share one.
 	Lane func(params json.RawMessage) string
@@ -164,6 +170,9 @@ type Env struct {
 	Own      *OwnProcesses // what stoop has started itself; nil remembers nothing
 	Caller   Caller        // asks programs of the user's; the host gives its broker
 	Log      *slog.Logger
+	// ProtectedNamespace reports whether the configuration protects one: for what a
+	// responder touches besides the object of its step. The host gives its guards'.
+	ProtectedNamespace func(namespace string) bool
 }
 
 // Request is one step for a responder.
@@ -200,6 +209,14 @@ func (e *Entry) local() bool { return !e.cluster() }
 // cluster reports whether its steps act on an object of the API server's.
 func (e *Entry) cluster() bool {
 	return e.Object == PodObject || e.Object == NodeObject || e.Object == ResourceObject
+}
+
+// objectOf is what a step with these parameters acts on.
+func (e *Entry) objectOf(params json.RawMessage) Object {
+	if e.ObjectOf != nil {
+		return e.ObjectOf(params)
+	}
+	return e.Object
 }
 
 // Decode reads the step's parameters over the defaults in params.

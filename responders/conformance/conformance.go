@@ -56,6 +56,10 @@ type World interface {
 // Case is a responder with parameters that make it act.
 type Case struct {
 	Responder string
+	// Name is what it is called in the tests; "" is Responder.
+	Name string
+	// Object is in place of the registry's, where that hangs on the parameters.
+	Object responders.Object
 	// New is in place of the registry's, for what a test must not do to the
 	// machine that it runs on.
 	New func(responders.Env) responders.Responder
@@ -115,6 +119,9 @@ func Run(t *testing.T, c Case) {
 	entry := responders.All()[i]
 	if c.New != nil {
 		entry.New = c.New
+	}
+	if c.Object != responders.NoObject {
+		entry.Object = c.Object
 	}
 	pod := entry.Object == responders.PodObject
 	cluster := pod || entry.Object == responders.NodeObject || entry.Object == responders.ResourceObject

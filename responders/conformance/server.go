@@ -438,6 +438,9 @@ func (s *Server) remove(c call, have object, o metav1.DeleteOptions) (int, any) 
 	if p := o.Preconditions; p != nil && p.UID != nil && string(*p.UID) != text(meta(have), "uid") {
 		return conflict(c, fmt.Sprintf("the UID in the precondition (%s) does not match the UID in record (%s). The object might have been deleted and then recreated", *p.UID, text(meta(have), "uid")))
 	}
+	if p, version := o.Preconditions, text(meta(have), "resourceVersion"); p != nil && p.ResourceVersion != nil && *p.ResourceVersion != version {
+		return conflict(c, fmt.Sprintf("the ResourceVersion in the precondition (%s) does not match the ResourceVersion in record (%s). The object might have been modified", *p.ResourceVersion, version))
+	}
 	if c.resource == "pods" {
 		grace := int64(30)
 		if o.GracePeriodSeconds != nil {
