@@ -45,15 +45,18 @@ func (l *Launcher) Capture(ctx context.Context, c Capture, keep func(name string
 	if err != nil {
 		return Captured{}, err
 	}
-	return r.captured(keep, note)
+	var got Captured
+	err = r.pieces(&got, keep, note, nil)
+	return got, err
 }
 
-// captured takes what the child hands over, to its end.
-func (r *running) captured(keep func(name string, max int64, r io.Reader) error, note func(string)) (got Captured, err error) {
+// pieces takes what the child hands over, to its end, and its last word into got.
+// found is for what a child finds besides; nil: it finds nothing.
+func (r *running) pieces(got any, keep func(name string, max int64, r io.Reader) error, note func(string), found func([]byte) error) error {
 	done := false
-	err = r.read(func(kind byte, payload []byte) (bool, error) {
-		switch kind {
-		case framePiece:
+	err := r.read(func(kind byte, payload []byte) (bool, error) {
+		switch {
+		case kind == framePiece:
 			var h pieceHead
 			if err := json.Unmarshal(payload, &h); err != nil {
 				return false, fmt.Errorf("the child says what is no piece: %w", err)
@@ -63,12 +66,14 @@ func (r *running) captured(keep func(name string, max int64, r io.Reader) error,
 				return false, err
 			}
 			p.drain()
-		case frameNote:
+		case kind == frameNote:
 			note(string(payload))
-		case frameDone:
+		case kind == frameFound && found != nil:
+			return false, found(payload)
+		case kind == frameDone:
 			done = true
-			return true, json.Unmarshal(payload, &got)
-		case frameRefused:
+			return true, json.Unmarshal(payload, got)
+		case kind == frameRefused:
 			done = true
 			return true, asRefusal(payload)
 		default:
@@ -76,7 +81,7 @@ func (r *running) captured(keep func(name string, max int64, r io.Reader) error,
 		}
 		return false, nil
 	})
-	return got, r.over(done, err)
+	return r.over(done, err)
 }
 
 // over ends the child. done says that it has said its last word, err why the

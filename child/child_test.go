@@ -86,14 +86,14 @@ func do(ctx context.Context, t testing.TB, l *Launcher, name string) (pieces map
 	if err != nil {
 		return nil, nil, err
 	}
-	_, err = r.captured(func(name string, _ int64, content io.Reader) error {
+	err = r.pieces(&Captured{}, func(name string, _ int64, content io.Reader) error {
 		b, err := io.ReadAll(content)
 		pieces[name] = string(b)
 		if err != nil {
 			pieces[name] += "!" + err.Error()
 		}
 		return nil
-	}, func(n string) { notes = append(notes, n) })
+	}, func(n string) { notes = append(notes, n) }, nil)
 	return pieces, notes, err
 }
 

@@ -61,9 +61,22 @@ func (p Place) find() (*spot, error) {
 	return &spot{os.NewFile(uintptr(fd), dir), name, mount}, nil
 }
 
-// root is the container's root, by its oldest process's mount namespace: what
-// such a process made its root with chroot doesn't count.
+// root is the container's root, which has to be one of its own.
 func (p Place) root() (*os.File, error) {
+	root, ns, err := p.mounts()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.check(root, ns); err != nil {
+		root.Close()
+		return nil, err
+	}
+	return root, nil
+}
+
+// mounts is the container's root and the name of its mount namespace, by its oldest
+// process: what such a process made its root with chroot doesn't count.
+func (p Place) mounts() (root *os.File, ns string, err error) {
 	var oldest *process
 	for _, s := range p.Suspects {
 		q, err := hold(s, p.Container)
@@ -78,30 +91,23 @@ func (p Place) root() (*os.File, error) {
 		}
 	}
 	if oldest == nil {
-		return nil, gone("no process of the container is left")
+		return nil, "", gone("no process of the container is left")
 	}
 	defer oldest.dir.Close()
-	ns, err := oldest.link("ns/mnt")
+	ns, err = oldest.link("ns/mnt")
 	if err != nil {
-		return nil, fmt.Errorf("read the mount namespace of process %d: %w", oldest.pid, err)
+		return nil, "", fmt.Errorf("read the mount namespace of process %d: %w", oldest.pid, err)
 	}
 	if hosts(ns) {
-		return nil, refuse("the container sees the host's own mounts (or it can't be told): its files are the host's")
+		return nil, "", refuse("the container sees the host's own mounts (or it can't be told): its files are the host's")
 	}
 	f, err := oldest.open("ns/mnt")
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer f.Close()
-	root, err := rootOf(f)
-	if err != nil {
-		return nil, err
-	}
-	if err := p.check(root, ns); err != nil {
-		root.Close()
-		return nil, err
-	}
-	return root, nil
+	root, err = rootOf(f)
+	return root, ns, err
 }
 
 // hosts reports whether a mount namespace is stoop's own or the host's, or may

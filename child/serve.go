@@ -21,13 +21,14 @@ type op func(request json.RawMessage, p *parent) error
 func ops() map[string]op {
 	return map[string]op{
 		opCapture: serveCapture,
+		opFiles:   serveFiles,
 		opTake:    serveTake,
 		opPutBack: servePutBack,
 	}
 }
 
 // Names are the kinds of work that a child can be asked for.
-func Names() []string { return []string{opCapture, opTake, opPutBack} }
+func Names() []string { return []string{opCapture, opFiles, opTake, opPutBack} }
 
 // Main is the child: it does the work of the name and returns the exit code.
 func Main(name string, stdin io.Reader, stdout, stderr io.Writer) int {

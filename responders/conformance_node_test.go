@@ -6,6 +6,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"stoop/responders"
 	"stoop/responders/conformance"
 )
 
@@ -33,6 +34,12 @@ func nodeCases() []conformance.Case {
 				if !strings.HasPrefix(c.Name, "stoop-debug-") || c.Image != "example.com/tools:1" || len(c.Command) != 2 || c.TargetContainerName != "main" {
 					t.Errorf("the container is %+v", c)
 				}
+			},
+		},
+		{
+			Responder: "capture-files", Suspect: as(responders.WithFiles),
+			Params: func(testing.TB) (string, func() int) {
+				return `{"paths":["/etc/*"],"fields":["fd.name"]}`, nil
 			},
 		},
 	}

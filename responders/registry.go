@@ -18,6 +18,7 @@ func All() []Entry {
 		debugPod(),
 		deleteResource(),
 		revokeAccess(),
+		captureFiles(),
 		freezeContainer(),
 		killProcess(),
 		killContainer(),
