@@ -113,11 +113,14 @@ func (m *manifestCapturer) Act(ctx context.Context, r *Request) (Result, error) 
 	room := int64(params.MaxSize)
 	keep := func(name string, o *unstructured.Unstructured) error {
 		redact(o.Object, params.Redact)
-		b, err := json.MarshalIndent(o.Object, "", "  ")
-		if err != nil {
+		var b bytes.Buffer
+		out := json.NewEncoder(&b)
+		out.SetEscapeHTML(false)
+		out.SetIndent("", "  ")
+		if err := out.Encode(o.Object); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		p, err := kept.Add(context.WithoutCancel(ctx), name, bytes.NewReader(append(b, '\n')), room)
+		p, err := kept.Add(context.WithoutCancel(ctx), name, &b, room)
 		room -= p.Size
 		return err
 	}

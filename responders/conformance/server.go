@@ -323,10 +323,16 @@ func (s *Server) do(c call, r *http.Request, body []byte) (int, any) {
 				items = append(items, all[k])
 			}
 		}
-		kind := kindOf(c.resource) + "List"
+		about := object{"resourceVersion": strconv.FormatInt(s.version, 10)}
+		// A page begins where the one before ended.
+		from, _ := strconv.Atoi(r.URL.Query().Get("continue"))
+		items = items[min(from, len(items)):]
+		if limit, _ := strconv.Atoi(r.URL.Query().Get("limit")); limit > 0 && limit < len(items) {
+			items = items[:limit]
+			about["continue"] = strconv.Itoa(from + limit)
+		}
 		return http.StatusOK, object{
-			"kind": kind, "apiVersion": apiVersion(c.group), "items": items,
-			"metadata": object{"resourceVersion": strconv.FormatInt(s.version, 10)},
+			"kind": kindOf(c.resource) + "List", "apiVersion": apiVersion(c.group), "items": items, "metadata": about,
 		}
 	}
 	if c.subresource == "eviction" && c.verb == "create" {
