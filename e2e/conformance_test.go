@@ -80,7 +80,7 @@ func TestConformance(t *testing.T) {
 		},
 	}
 	for _, c := range slices.Concat(
-		workloadCases(),
+		conformance.Workloads(),
 		nodeCases(),
 		nodeActCases(),
 		captureCases(t),

@@ -228,7 +228,7 @@ func conformanceCases() []conformance.Case {
 			},
 		},
 	},
-		workloadCases(),
+		conformance.Workloads(),
 		nodeCases(),
 		rbacCases(),
 		nodeActCases(),

@@ -10,6 +10,9 @@ func All() []Entry {
 	return []Entry{
 		deletePod(),
 		evictPod(),
+		quarantinePod(),
+		scaleWorkload(),
+		restartWorkload(),
 		isolatePod(),
 		labelPod(),
 		annotatePod(),
