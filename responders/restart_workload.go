@@ -13,6 +13,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
+
+	"stoop/param"
 )
 
 // annotationRestarted is what kubectl rollout restart writes into a pod template.
@@ -43,6 +45,7 @@ Refused are workloads of other kinds, a paused Deployment, and where a restart w
 not reach the pod: with the update strategy OnDelete, and below the partition of a
 StatefulSet. An operator that owns the workload may take the annotation out again,
 which restarts all pods once more. It can't be undone.`,
+		Params: param.Describe(struct{}{}),
 		RBAC: []rbacv1.PolicyRule{
 			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
 			{APIGroups: []string{"apps"}, Resources: []string{"replicasets"}, Verbs: []string{"get"}},
