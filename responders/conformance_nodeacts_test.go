@@ -1,6 +1,8 @@
 package responders_test
 
 import (
+	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -45,6 +47,43 @@ func nodeActCases() []conformance.Case {
 				}
 			},
 		},
+		{
+			Responder: "cordon-node",
+			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+				if now := nodeNow(t, w, pod.Spec.NodeName); !now.Spec.Unschedulable || len(notes(now)) != 1 {
+					t.Errorf("the node is %+v", now)
+				}
+			},
+			Undone: inService,
+		},
+		{
+			Responder: "taint-node",
+			Params: func(testing.TB) (string, func() int) {
+				return `{"value":"yes","effect":"NoExecute"}`, nil
+			},
+			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+				now := nodeNow(t, w, pod.Spec.NodeName)
+				if !hasTaint(now, "stoop.dev/suspect=yes:NoExecute") || len(notes(now)) != 1 {
+					t.Errorf("the node is %+v", now)
+				}
+			},
+			Undone: inService,
+		},
+		{
+			Responder: "drain-node",
+			Params: func(testing.TB) (string, func() int) {
+				return `{"force":true,"deadline":"1s"}`, nil
+			},
+			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+				if now := nodeNow(t, w, pod.Spec.NodeName); !now.Spec.Unschedulable || len(notes(now)) != 1 {
+					t.Errorf("the node is %+v", now)
+				}
+				if now := podNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+					t.Error("the pod is not being deleted")
+				}
+			},
+			Undone: inService,
+		},
 	}
 }
 
@@ -55,4 +94,28 @@ func nodeNow(t testing.TB, w conformance.World, name string) *corev1.Node {
 		t.Fatal(err)
 	}
 	return now
+}
+
+// inService fails the test unless nothing of stoop's keeps pods off the node.
+func inService(t testing.TB, w conformance.World, pod *corev1.Pod) {
+	t.Helper()
+	now := nodeNow(t, w, pod.Spec.NodeName)
+	if now.Spec.Unschedulable || len(notes(now)) != 0 || slices.ContainsFunc(now.Spec.Taints, func(t corev1.Taint) bool { return strings.HasPrefix(t.Key, "stoop.dev/") }) {
+		t.Errorf("the node is %+v", now)
+	}
+}
+
+// notes are the annotations of stoop's on a node.
+func notes(node *corev1.Node) []string {
+	var out []string
+	for name, value := range node.Annotations {
+		if strings.HasPrefix(name, "stoop.dev/node-act.") {
+			out = append(out, value)
+		}
+	}
+	return out
+}
+
+func hasTaint(node *corev1.Node, taint string) bool {
+	return slices.ContainsFunc(node.Spec.Taints, func(t corev1.Taint) bool { return t.ToString() == taint })
 }

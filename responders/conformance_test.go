@@ -230,6 +230,7 @@ func conformanceCases() []conformance.Case {
 	},
 		conformance.Workloads(),
 		nodeCases(),
+		nodeActCases(),
 		rbacCases(),
 		nodeActCases(),
 		captureCases(),

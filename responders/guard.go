@@ -136,6 +136,12 @@ func (g *Guards) protected(t alert.Target, pod *corev1.Pod) string {
 	return ""
 }
 
+// ProtectedPod is why a pod is never touched, or "": for what a responder acts on
+// besides the object of its step.
+func (g *Guards) ProtectedPod(pod *corev1.Pod) string {
+	return g.protected(alert.Target{Namespace: pod.Namespace, Pod: pod.Name}, pod)
+}
+
 // sparedByClass is the priority class that alone protects a pod, or "".
 func (g *Guards) sparedByClass(t alert.Target, pod *corev1.Pod) string {
 	if pod == nil || !matchAny(g.PriorityClasses, pod.Spec.PriorityClassName) {

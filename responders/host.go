@@ -148,6 +148,9 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 	if h.Env.Log == nil {
 		h.Env.Log = h.Log
 	}
+	if h.Env.ProtectedPod == nil {
+		h.Env.ProtectedPod = h.Guards.ProtectedPod
+	}
 	if h.Env.ProtectedNamespace == nil {
 		h.Env.ProtectedNamespace = func(ns string) bool { return matchAny(h.Guards.Namespaces, ns) }
 	}

@@ -173,6 +173,8 @@ type Env struct {
 	// ProtectedNamespace reports whether the configuration protects one: for what a
 	// responder touches besides the object of its step. The host gives its guards'.
 	ProtectedNamespace func(namespace string) bool
+	// ProtectedPod is why the guards leave a pod alone, or "".
+	ProtectedPod func(*corev1.Pod) string
 }
 
 // Request is one step for a responder.

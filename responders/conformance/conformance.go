@@ -60,6 +60,9 @@ type Case struct {
 	Name string
 	// Object is in place of the registry's, where that hangs on the parameters.
 	Object responders.Object
+	// Serial has the parts of the suite run one after the other: for what may
+	// happen only once at a time in a cluster.
+	Serial bool
 	// New is in place of the registry's, for what a test must not do to the
 	// machine that it runs on.
 	New func(responders.Env) responders.Responder
@@ -128,7 +131,9 @@ func Run(t *testing.T, c Case) {
 	harm := entry.Kind == responders.Harm
 	partOf := func(t *testing.T, name string, f func(t *testing.T, r *rig)) {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+			if !c.Serial {
+				t.Parallel()
+			}
 			f(t, newRig(t, c, entry))
 		})
 	}
@@ -272,13 +277,16 @@ func Run(t *testing.T, c Case) {
 	}
 	if cluster {
 		t.Run("forbidden", func(t *testing.T) {
-			t.Parallel()
+			if !c.Serial {
+				t.Parallel()
+			}
 			var written, asked []write
+			var namespace string
 			t.Run("find out", func(t *testing.T) {
 				r := newRig(t, c, entry)
 				r.start()
 				r.want(r.step(), broker.Done)
-				written, asked = r.net.writes(), r.net.reads()
+				written, asked, namespace = r.net.writes(), r.net.reads(), r.namespace
 			})
 			seen := map[string]bool{}
 			if entry.Kind == responders.Evidence {
@@ -319,9 +327,12 @@ func Run(t *testing.T, c Case) {
 					r.start()
 					r.world.Forbid(t, w.verb, w.group, w.resource)
 					o := r.want(r.step(), broker.Failed)
-					where := r.namespace // which is another one than before
-					if w.namespace == "" {
+					where := w.namespace
+					switch w.namespace {
+					case "":
 						where = "whole cluster"
+					case namespace:
+						where = r.namespace // which is another one than then
 					}
 					for _, word := range []string{w.verb, w.resource, where} {
 						if !strings.Contains(o.Reason, word) {
@@ -520,6 +531,7 @@ func (r *rig) start() *responders.Host {
 		Local: r.local, Evidence: store,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
 		Node: r.node, Cluster: "test", Data: t.TempDir(), Caller: r.broker, Log: log,
+		ProtectedPod: r.guards.ProtectedPod,
 	}
 	r.responder = r.entry.New(env)
 	h, err := responders.NewHost(ctx, responders.Config{
