@@ -1,6 +1,7 @@
 package responders
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,7 +9,9 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
+	"stoop/node"
 	"stoop/node/nodetest"
 )
 
@@ -41,6 +44,15 @@ func removed(t testing.TB, dir string, pid int) {
 func OnNetwork(tb testing.TB) *TestSuspect {
 	t := tb.(*testing.T)
 	t.Helper()
+	// The last cleanup of all, when the link is gone: what stands on the host for
+	// it would stay in the kernel until the next cut.
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := node.New(node.Config{}).Sweep(ctx); err != nil {
+			t.Errorf("sweep: %v", err)
+		}
+	})
 	inside, remote := nodetest.Netns(t), nodetest.Netns(t)
 	dir := nodetest.CgroupV2(t)
 	cmd := exec.Command("/bin/sleep", "1000")
