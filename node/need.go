@@ -25,6 +25,7 @@ const (
 	NeedPtrace        Need = "CAP_SYS_PTRACE" // /proc/PID/exe, root, environ, ns of others
 	NeedSysAdmin      Need = "CAP_SYS_ADMIN"  // enter namespaces
 	NeedNetAdmin      Need = "CAP_NET_ADMIN"  // packet filters
+	NeedNetRaw        Need = "CAP_NET_RAW"    // packet sockets
 	NeedDACReadSearch Need = "CAP_DAC_READ_SEARCH"
 	NeedDACOverride   Need = "CAP_DAC_OVERRIDE"
 )
@@ -40,6 +41,8 @@ func (n Need) capability() (bit int, ok bool) {
 		return unix.CAP_SYS_ADMIN, true
 	case NeedNetAdmin:
 		return unix.CAP_NET_ADMIN, true
+	case NeedNetRaw:
+		return unix.CAP_NET_RAW, true
 	case NeedDACReadSearch:
 		return unix.CAP_DAC_READ_SEARCH, true
 	case NeedDACOverride:

@@ -42,5 +42,9 @@ func nodeCases() []conformance.Case {
 				return `{"paths":["/etc/*"],"fields":["fd.name"]}`, nil
 			},
 		},
+		{
+			Responder: "capture-packets", Suspect: as(responders.Networked),
+			Params: func(testing.TB) (string, func() int) { return `{"duration":"100ms"}`, nil },
+		},
 	}
 }

@@ -25,6 +25,7 @@ func All() []Entry {
 		deleteResource(),
 		revokeAccess(),
 		captureFiles(),
+		capturePackets(),
 		freezeContainer(),
 		killProcess(),
 		killContainer(),
