@@ -54,3 +54,6 @@ func BaseRBAC() []rbacv1.PolicyRule {
 		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}},
 	}
 }
+
+// OwnRBAC is what stoop needs in its own namespace before any responder does.
+func OwnRBAC() []rbacv1.PolicyRule { return nil }

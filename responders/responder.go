@@ -91,6 +91,9 @@ type Entry struct {
 	// ObjectOf is what a step with these parameters acts on; nil: Object,
 	// whatever the parameters.
 	ObjectOf func(params json.RawMessage) Object
+	// Everywhere reports whether a step with these parameters needs its permissions
+	// in all namespaces, also where its rule is limited to some; nil: no.
+	Everywhere func(params json.RawMessage) bool
 	// Lane names the destination that a step goes to, so that a hanging one
 	// holds up no other; nil means that all steps share one.
 	Lane func(params json.RawMessage) string

@@ -54,6 +54,10 @@ as kubectl create takes it.`,
 		Kind:     Harm,
 		Object:   ResourceObject,
 		ObjectOf: revokeAccessObject,
+		Everywhere: func(raw json.RawMessage) bool {
+			p := revokeAccessDefaults()
+			return param.Decode(raw, &p) == nil && p.From == "pod" && p.Namespaces == "all"
+		},
 		Deadline: 30 * time.Second,
 		Approve:  func(json.RawMessage) bool { return true },
 		New: func(env Env) Responder {
