@@ -360,7 +360,7 @@ func TestDocsSubjects(t *testing.T) {
 	}
 	text := string(data)
 	for _, want := range []string{
-		apiPause, apiResume, apiUndo, apiHistory, apiPublish, apiWatch, headerMore, broker.HeaderError, router.SubjectTail,
+		apiPause, apiResume, apiUndo, apiApprove, apiDeny, apiWaiting, apiHistory, apiPublish, apiWatch, headerMore, broker.HeaderError, router.SubjectTail,
 		broker.HeaderID, broker.HeaderReceived, broker.HeaderOrigin, alert.UnparsedSubject, broker.SocketName,
 		string(broker.OriginFIFO), string(broker.OriginStdin), string(broker.OriginFile), string(broker.OriginHTTP),
 		string(broker.OriginLocal), string(broker.OriginStoop), string(broker.OriginOpenHTTP),

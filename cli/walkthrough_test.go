@@ -15,6 +15,7 @@ import (
 // What docs/containment.md says to type freezes a suspect, shows the evidence, and
 // thaws it.
 func TestDocsWalkThrough(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		if os.Getenv("CI") != "" {
 			t.Fatal("it needs root")
