@@ -46,5 +46,11 @@ func nodeCases() []conformance.Case {
 			Responder: "capture-packets", Suspect: as(responders.Networked),
 			Params: func(testing.TB) (string, func() int) { return `{"duration":"100ms"}`, nil },
 		},
+		{
+			// How the kubelet itself is asked has a test of its own: here the server
+			// stands for the way through the API server.
+			Responder: "checkpoint-container",
+			Params:    func(testing.TB) (string, func() int) { return `{"via":"apiserver"}`, nil },
+		},
 	}
 }

@@ -187,20 +187,16 @@ func suspectContainer(pod *corev1.Pod, id string) (name, whole string, err error
 	if len(id) < shortID {
 		return "", "", Refuse("the alert names no container of the pod: let Falco's append_output add container.id (docs/falco.md)")
 	}
-	for _, list := range [][]corev1.ContainerStatus{
-		pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses, pod.Status.EphemeralContainerStatuses,
-	} {
-		for _, c := range list {
-			_, bare, _ := strings.Cut(c.ContainerID, "://")
-			switch {
-			case !strings.HasPrefix(bare, id):
-			case name != "":
-				return "", "", Refuse("container %s may be %s or %s of the pod", id, name, c.Name)
-			case c.State.Running == nil:
-				return "", "", fmt.Errorf("container %s does not run any more: %w", c.Name, ErrGone)
-			default:
-				name, whole = c.Name, bare
-			}
+	for _, c := range allStatuses(pod) {
+		_, bare, _ := strings.Cut(c.ContainerID, "://")
+		switch {
+		case !strings.HasPrefix(bare, id):
+		case name != "":
+			return "", "", Refuse("container %s may be %s or %s of the pod", id, name, c.Name)
+		case c.State.Running == nil:
+			return "", "", fmt.Errorf("container %s does not run any more: %w", c.Name, ErrGone)
+		default:
+			name, whole = c.Name, bare
 		}
 	}
 	if name == "" {
@@ -284,7 +280,7 @@ func (e *podExecer) Act(ctx context.Context, r *Request) (Result, error) {
 	if cause, no := notBegun(err); no {
 		return drop(cause)
 	}
-	err = errors.Join(x.ended(params, err), e.sameAfter(ctx, pod, name, id))
+	err = errors.Join(x.ended(params, err), sameAfter(ctx, e.kube, pod, name, id))
 	if err != nil {
 		kept.Note("%v", err)
 	}
@@ -303,27 +299,28 @@ func (e *podExecer) Act(ctx context.Context, r *Request) (Result, error) {
 	return res, nil
 }
 
-// sameAfter makes sure that it was the alert's container in which the command ran.
-func (e *podExecer) sameAfter(ctx context.Context, pod *corev1.Pod, name, id string) error {
+// sameAfter makes sure that what was done to a container by its name was done to the
+// alert's.
+func sameAfter(ctx context.Context, kube *Kube, pod *corev1.Pod, name, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	now, err := podNow(ctx, e.kube, pod.Namespace, pod.Name, pod.UID)
+	now, err := podNow(ctx, kube, pod.Namespace, pod.Name, pod.UID)
 	if err != nil {
-		return fmt.Errorf("whether it ran in the alert's container is not known: %v", err)
+		return fmt.Errorf("whether it was the alert's container is not known: %v", err)
 	}
 	if now == nil {
 		return nil // it went meanwhile: there is no replacement under its UID
 	}
-	for _, list := range [][]corev1.ContainerStatus{
-		now.Status.ContainerStatuses, now.Status.InitContainerStatuses, now.Status.EphemeralContainerStatuses,
-	} {
-		for _, c := range list {
-			if _, bare, _ := strings.Cut(c.ContainerID, "://"); c.Name == name && bare == id {
-				return nil
-			}
+	for _, c := range allStatuses(now) {
+		if _, bare, _ := strings.Cut(c.ContainerID, "://"); c.Name == name && bare == id {
+			return nil
 		}
 	}
-	return fmt.Errorf("container %s was restarted meanwhile: it may have run in the replacement", name)
+	return fmt.Errorf("container %s was restarted meanwhile: it may have been the replacement", name)
+}
+
+func allStatuses(pod *corev1.Pod) []corev1.ContainerStatus {
+	return slices.Concat(pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses, pod.Status.EphemeralContainerStatuses)
 }
 
 // notBegun reports whether an error of an execution says that the command was never

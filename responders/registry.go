@@ -26,6 +26,7 @@ func All() []Entry {
 		revokeAccess(),
 		captureFiles(),
 		capturePackets(),
+		checkpointContainer(),
 		freezeContainer(),
 		killProcess(),
 		killContainer(),

@@ -87,3 +87,9 @@ func (s stream) Write(b []byte) (int, error) {
 
 // executes reports whether a call runs a command in a pod: that is a GET, and no look.
 func (c call) executes() bool { return c.resource == "pods" && c.subresource == "exec" }
+
+// proxies reports whether a call is for a node's kubelet. All that it is asked for here
+// is a checkpoint.
+func (c call) proxies() bool {
+	return c.resource == "nodes" && c.subresource == "proxy" && c.verb == "create"
+}

@@ -263,6 +263,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.watch(w, r, c)
 	case c.executes():
 		s.exec(w, r, c)
+	case c.proxies():
+		reply(w, http.StatusOK, object{"items": []string{"/var/lib/kubelet/checkpoints/checkpoint.tar"}})
 	case c.verb == "get" && c.permission() == "pods/log":
 		s.log(w, r, c)
 	default:
