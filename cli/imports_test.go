@@ -27,10 +27,11 @@ func TestImportsPointOneWay(t *testing.T) {
 		"broker/brokertest":      {"broker"},
 		"pipe":                   {"alert", "broker"},
 		"rules":                  {"alert", "broker", "param"},
+		"convert":                {"alert", "param", "rules"},
 		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
 		"router":                 {"alert", "broker", "rules"},
-		"cli":                    {"alert", "broker", "child", "evidence", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
+		"cli":                    {"alert", "broker", "child", "convert", "evidence", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
 		"examples/subscriber":    {}, // a program of somebody else's, as it were
 		".":                      {"cli"},
 	}

@@ -19,6 +19,12 @@ type Problem struct {
 	secret bool   // the line may hold a secret, so that no problem in it may show it
 }
 
+// At is a problem in a file that others read: src is the whole of it.
+func At(file string, src []byte, line, column int, message string) Problem {
+	p := &parser{file: file, lines: strings.Split(strings.ToValidUTF8(string(src), "\uFFFD"), "\n")}
+	return p.problem(line, column, message)
+}
+
 // String is "file:line:column: message", and under it the line and a caret.
 func (p Problem) String() string {
 	s := fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, p.Message)

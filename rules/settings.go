@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 
+	"gopkg.in/yaml.v3"
+
 	"stoop/param"
 )
 
@@ -25,6 +27,17 @@ func Settings(file string, src []byte, d *param.Description) (json.RawMessage, e
 		return nil, Problems(tidy(p.problems))
 	}
 	return raw, nil
+}
+
+// Document reads YAML of others in the way that rules are read: one document, not
+// too large, and what is wrong with it as [Problems].
+func Document(file string, src []byte) (*yaml.Node, error) {
+	p := &parser{file: file}
+	root := p.document(src)
+	if len(p.problems) > 0 {
+		return nil, Problems(tidy(p.problems))
+	}
+	return root, nil
 }
 
 // blank reports whether there is nothing but comments and white space.
