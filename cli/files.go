@@ -27,7 +27,8 @@ func (p *program) checkCommand() *cobra.Command {
 		Use:   "check",
 		Short: "Say what is wrong with rules and configuration",
 		Long: `Reads the rules, and the configuration if one is given, and says everything that
-is wrong with them, each with its file, line and column. Nothing is run.
+is wrong with them, each with its file, line and column. Nothing is run. With a
+configuration alone, the rules are not looked at.
 
 Exits with 1 if anything is wrong. Warnings are printed and change nothing.`,
 		Example: "  stoop check --rules rules.yaml\n  stoop check --config stoop.yaml --rules rules.yaml",
@@ -66,7 +67,7 @@ Exits with 1 if anything is wrong. Warnings are printed and change nothing.`,
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE`")
-	cmd.Flags().StringVar(&file, "rules", "", "the rules `FILE` (default "+defaultRules+", unless --config is given)")
+	cmd.Flags().StringVar(&file, "rules", "", "the rules `FILE` (default "+defaultRules+")")
 	return cmd
 }
 

@@ -31,7 +31,7 @@ running stoop it reads a copy of the data folder.`,
 	}
 	data := dataFlag(cmd)
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	cmd.Flags().DurationVar(&since, "since", 0, "only the last `DURATION`, such as 1h (default: all that is kept)")
+	cmd.Flags().DurationVar(&since, "since", 0, "only the last `DURATION`, such as 1h (default: all)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := checkOutput(output); err != nil {
 			return err

@@ -37,7 +37,7 @@ func (p *program) publishCommand() *cobra.Command {
 		Short: "Hand alerts on standard input to a running stoop",
 		Long: `Reads alerts on standard input and hands them to the stoop that runs on the data
 folder. It ends with its input, when all of it is stored. It is for Falco's
-program_output; a FIFO (file_output) is the better way where there is the choice.`,
+program_output; where there is the choice, a FIFO (file_output) is better.`,
 		Example: "  # falco.yaml\n  program_output:\n    enabled: true\n    keep_alive: false\n    program: stoop publish",
 		Args:    cobra.NoArgs,
 	}

@@ -63,7 +63,7 @@ is changed.`,
 	}
 	cmd.Flags().StringVar(&file, "rules", defaultRules, "the rules `FILE`")
 	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE`, for what it protects")
-	cmd.Flags().StringVar(&account.Namespace, "namespace", "stoop", "the `NAMESPACE` that stoop runs in")
+	cmd.Flags().StringVar(&account.Namespace, "namespace", "stoop", "the `NAMESPACE` of stoop")
 	cmd.Flags().StringVar(&account.Name, "service-account", "stoop", "the `NAME` of its service account")
 	return cmd
 }

@@ -26,7 +26,7 @@ func (p *program) respondersCommand() *cobra.Command {
 		Args:    cobra.MaximumNArgs(1),
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE` (default "+defaultConfig+", if it is there)")
+	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE` (default "+defaultConfig+")")
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		if err := checkOutput(output); err != nil {
 			return err

@@ -57,7 +57,8 @@ itself when the input ends and all of it is dealt with.
 Rules are read again when their file changes. In audit mode, the default,
 everything happens but the acts.`,
 		Example: `  stoop run --rules rules.yaml --pipe /run/stoop/falco.pipe
-  kubectl logs -f ds/falco -n falco | stoop run --stdin --kubeconfig ~/.kube/config`,
+  kubectl logs -f -n falco FALCO-POD |
+    stoop run --stdin --node ITS-NODE --kubeconfig ~/.kube/config`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := loadConfig(f.config)
@@ -92,15 +93,15 @@ everything happens but the acts.`,
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&f.config, "config", "", "the configuration (default "+defaultConfig+", if it is there)")
+	fl.StringVar(&f.config, "config", "", "the configuration (default "+defaultConfig+")")
 	fl.StringVar(&f.rules, "rules", defaultRules, "the rules")
-	fl.StringVar(&f.mode, "mode", "", "audit or enforce (default: the configuration's, or audit)")
+	fl.StringVar(&f.mode, "mode", "", "audit or enforce (default: as configured, or audit)")
 	fl.StringVar(&f.pipe, "pipe", "", "read the FIFO `PATH`; created if missing")
 	fl.BoolVar(&f.stdin, "stdin", false, "read standard input, and stop at its end")
 	fl.StringVar(&f.file, "file", "", "follow the file `PATH`")
-	fl.StringVar(&f.node, "node", "", "this node's name (default NODE_NAME, then the host's name)")
+	fl.StringVar(&f.node, "node", "", "this node's name (default NODE_NAME, or the host's)")
 	fl.StringVar(&f.data, "data", "", "the data folder (default /var/lib/stoop)")
-	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "reach the API server by `FILE` (default: in a pod, its service account)")
+	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "a kubeconfig `FILE` (default in a pod: its account)")
 	return cmd
 }
 
