@@ -1,6 +1,9 @@
 package responders
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // What tests in responders_test need to see: they can't be in this package,
 // since the conformance suite imports it.
@@ -16,6 +19,11 @@ func (p *Pods) SetProc(root string) { p.proc = proc(root) }
 
 // SetWait changes how long p waits for a pod to appear.
 func (p *Pods) SetWait(d time.Duration) { p.wait, p.longer = d, 0 }
+
+// OnIntend has f called with what r's responder intends.
+func OnIntend(r *Request, f func(undo json.RawMessage)) {
+	r.intend = func(undo json.RawMessage, _ time.Duration) { f(undo) }
+}
 
 // NewRun is the responder run, which starts wrapper where it would start stoop.
 func NewRun(wrapper ...string) func(Env) Responder {

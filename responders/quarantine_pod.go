@@ -210,7 +210,7 @@ func (s podSelector) names(have map[string]string) []string {
 func (q *podQuarantiner) selectorsOf(ctx context.Context, pod *corev1.Pod) (found []podSelector, only string, err error) {
 	if ref := metav1.GetControllerOf(pod); ref != nil {
 		gv, _ := schema.ParseGroupVersion(ref.APIVersion)
-		what := ref.Kind + " " + ref.Name
+		what := controllerName(ref)
 		switch kind := gv.Group + "/" + ref.Kind; kind {
 		case "apps/ReplicaSet", "apps/DaemonSet":
 			w, err := controlling(ctx, q.kube, pod.Namespace, ref)

@@ -67,30 +67,30 @@ type workloadRestarter struct{ workloadActor }
 
 // restartable is the workload over the pod that rolls out pods of a template.
 func (s *workloadRestarter) restartable(ctx context.Context, pod *corev1.Pod) (w *workload, above string, err error) {
-	if ref := metav1.GetControllerOf(pod); !strings.HasPrefix(ref.APIVersion, "apps/") {
-		// Nothing to read, and so no permission for.
-		return nil, "", Refuse("pod %s/%s belongs to %s %s, which can't be restarted like a Deployment", pod.Namespace, pod.Name, ref.Kind, ref.Name)
-	}
 	rollsOut := func(w *workload) bool {
 		return w.is("apps", "Deployment") || w.is("apps", "StatefulSet") || w.is("apps", "DaemonSet")
 	}
-	chain, above, err := climb(ctx, s.kube, pod, func(w *workload) bool {
-		next := metav1.GetControllerOf(w)
-		return rollsOut(w) || next != nil && !strings.HasPrefix(next.APIVersion, "apps/")
-	})
-	if err != nil {
-		return nil, "", err
+	// Others are not read, and so take no permission.
+	foreign := func(ref *metav1.OwnerReference) bool {
+		return ref != nil && !strings.HasPrefix(ref.APIVersion, "apps/")
 	}
-	top := chain[len(chain)-1]
-	switch next := metav1.GetControllerOf(top); {
-	case !rollsOut(top) && next != nil:
-		return nil, "", Refuse("pod %s/%s belongs to %s, and that to %s %s, which can't be restarted like a Deployment", pod.Namespace, pod.Name, top, next.Kind, next.Name)
-	case !rollsOut(top):
-		return nil, "", Refuse("pod %s/%s belongs to %s, which can't be restarted like a Deployment", pod.Namespace, pod.Name, top)
-	case next != nil:
-		above = fmt.Sprintf("%s %s", next.Kind, next.Name)
+	next := metav1.GetControllerOf(pod)
+	if !foreign(next) {
+		chain, _, err := climb(ctx, s.kube, pod, func(w *workload) bool { return rollsOut(w) || foreign(metav1.GetControllerOf(w)) })
+		if err != nil {
+			return nil, "", err
+		}
+		if len(chain) > 0 {
+			w = chain[len(chain)-1]
+			if up := metav1.GetControllerOf(w); up != nil {
+				next, above = up, controllerName(up)
+			}
+		}
 	}
-	return top, above, nil
+	if w == nil || !rollsOut(w) {
+		return nil, "", Refuse("pod %s/%s belongs to %s, which can't be restarted like a Deployment", pod.Namespace, pod.Name, controllerName(next))
+	}
+	return w, above, nil
 }
 
 func (s *workloadRestarter) Act(ctx context.Context, r *Request) (Result, error) {

@@ -118,12 +118,12 @@ func (s *workloadScaler) topmost(ctx context.Context, pod *corev1.Pod) (w *workl
 	for n, w := range slices.Backward(chain) {
 		if w.Scale {
 			if above == "" && n+1 < len(chain) {
-				above = fmt.Sprintf("%s %s", chain[n+1].Served.Kind, chain[n+1].GetName())
+				above = controllerName(metav1.GetControllerOf(w))
 			}
 			return w, above, nil
 		}
 	}
-	return nil, "", Refuse("pod %s/%s belongs to %s %s, which has no number of replicas", pod.Namespace, pod.Name, chain[0].Served.Kind, chain[0].GetName())
+	return nil, "", Refuse("pod %s/%s belongs to %s, which has no number of replicas", pod.Namespace, pod.Name, controllerName(metav1.GetControllerOf(pod)))
 }
 
 // scaling is the undo record.

@@ -32,6 +32,9 @@ func (w *workload) client(kube *Kube) dynamic.ResourceInterface {
 	return kube.Dynamic().Resource(w.GroupVersionResource).Namespace(w.GetNamespace())
 }
 
+// controllerName is what a reference names. Whoever may make pods chooses it.
+func controllerName(ref *metav1.OwnerReference) string { return quote(ref.Kind + " " + ref.Name) }
+
 // controlling is the object that a controller reference names, in the namespace
 // of what it controls, and proved by its UID: another one that has taken the name
 // is [ErrGone]. An owner of no namespace is no workload: a refusal.
@@ -41,17 +44,17 @@ func controlling(ctx context.Context, kube *Kube, namespace string, ref *metav1.
 		return nil, err
 	}
 	if !as.Namespaced {
-		return nil, Refuse("%s %s is in no namespace, and so no workload", as.Kind, ref.Name)
+		return nil, Refuse("%s is in no namespace, and so no workload", controllerName(ref))
 	}
 	o, err := kube.Dynamic().Resource(as.GroupVersionResource).Namespace(namespace).Get(ctx, ref.Name, metav1.GetOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("get %s %s/%s, which controls it: %w", as.Kind, namespace, ref.Name, err)
+		return nil, fmt.Errorf("get %s in namespace %s, which controls it: %w", controllerName(ref), namespace, err)
 	}
 	if o.GetNamespace() != namespace {
-		return nil, Refuse("the reference to %s %s leads out of namespace %s", as.Kind, quote(ref.Name), namespace)
+		return nil, Refuse("the reference to %s leads out of namespace %s", controllerName(ref), namespace)
 	}
 	if o.GetUID() != ref.UID {
-		return nil, fmt.Errorf("the %s %s/%s that controls it was replaced by another of that name: %w", as.Kind, namespace, ref.Name, ErrGone)
+		return nil, fmt.Errorf("%s in namespace %s, which controls it, was replaced by another of that name: %w", controllerName(ref), namespace, ErrGone)
 	}
 	return &workload{as, o}, nil
 }
@@ -61,15 +64,15 @@ const maxChain = 8
 
 // climb follows the controller references up from a pod, until enough says that a
 // workload is the one that is looked for, and returns all that it came by, the
-// nearest first. above is what controls the last of them and was not looked at,
-// and why: a person should know of it.
+// nearest first. above is what controls the last of them (or the pod) and could not
+// be looked at.
 func climb(ctx context.Context, kube *Kube, pod *corev1.Pod, enough func(*workload) bool) (chain []*workload, above string, err error) {
 	ref := metav1.GetControllerOf(pod)
 	for ref != nil && len(chain) < maxChain {
 		w, err := controlling(ctx, kube, pod.Namespace, ref)
 		if err != nil {
-			if len(chain) > 0 && passable(ctx, kube, ref, err) {
-				return chain, fmt.Sprintf("%s %s", ref.Kind, ref.Name), nil
+			if passable(ctx, kube, ref, err) {
+				return chain, controllerName(ref), nil
 			}
 			return nil, "", err
 		}
