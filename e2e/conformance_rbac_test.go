@@ -117,15 +117,3 @@ func rbacCases() []conformance.Case {
 		},
 	}
 }
-
-// grants are what the responder needs with the case's parameters.
-func grants(t testing.TB, entry responders.Entry, c conformance.Case) []rbacv1.PolicyRule {
-	if entry.Grants == nil {
-		return nil
-	}
-	params := ""
-	if c.Params != nil {
-		params, _ = c.Params(t)
-	}
-	return entry.Grants([]byte(params))
-}

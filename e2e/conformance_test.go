@@ -2,8 +2,10 @@ package e2e
 
 import (
 	"cmp"
+	"net/http"
 	"reflect"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -19,17 +21,45 @@ import (
 	"stoop/responders/conformance"
 )
 
-// clusterWorld is the real API server as the conformance suite wants it.
+// clusterWorld is the real API server as the conformance suite wants it: stoop has
+// what stoop rbac prints for the case's step, and a token of its node.
 type clusterWorld struct {
 	*kube.Cluster
-	account *kube.Account
+	account *printedAccount
+
+	config *rest.Config
+	token  atomic.Value // what stoop shows the API server
 }
 
-func (w clusterWorld) Config() *rest.Config        { return w.account.Config }
-func (w clusterWorld) Admin() kubernetes.Interface { return w.Client }
-func (w clusterWorld) Forbid(t testing.TB, verb, group, resource string) {
-	w.Cluster.Forbid(t, w.account, verb, group, resource)
+func (w *clusterWorld) Config() *rest.Config        { return w.config }
+func (w *clusterWorld) Admin() kubernetes.Interface { return w.Client }
+
+// On gives stoop the token that a pod of the node has.
+func (w *clusterWorld) On(t testing.TB, node string) responders.Self {
+	c := w.account.on(t, node)
+	w.token.Store(c.BearerToken)
+	w.config = rest.AnonymousClientConfig(c)
+	w.config.QPS = c.QPS
+	w.config.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		return roundTripper(func(r *http.Request) (*http.Response, error) {
+			r = r.Clone(r.Context())
+			r.Header.Set("Authorization", "Bearer "+w.token.Load().(string))
+			return next.RoundTrip(r)
+		})
+	})
+	return responders.Self{Namespace: kube.AccountNamespace, User: "system:serviceaccount:" + kube.AccountNamespace + ":" + w.account.name}
 }
+
+// Forbid has stoop go on with an account that lacks one permission.
+func (w *clusterWorld) Forbid(t testing.TB, verb, group, resource string) {
+	lesser := w.Account(t, w.account.granted)
+	w.Cluster.Forbid(t, lesser, verb, group, resource)
+	w.token.Store(lesser.Config.BearerToken)
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // The suite that every responder passes, against the real API server. Those
 // that touch no cluster have nothing to gain from one.
@@ -88,6 +118,7 @@ func TestConformance(t *testing.T) {
 	) {
 		cases[cmp.Or(c.Name, c.Responder)] = c
 	}
+	every := "rules:\n"
 	for _, entry := range responders.All() {
 		switch entry.Object {
 		case responders.PodObject, responders.NodeObject, responders.ResourceObject:
@@ -95,6 +126,7 @@ func TestConformance(t *testing.T) {
 			continue
 		}
 		if withKubelet(entry.Name) {
+			every += ruleOf(t, entry.Name, entry.Name, map[string]string{"exec-in-pod": `{"command":["id"]}`}[entry.Name])
 			continue
 		}
 		found := false
@@ -104,16 +136,27 @@ func TestConformance(t *testing.T) {
 			}
 			found = true
 			c.Responder = entry.Name
-			c.World = func(t testing.TB) conformance.World {
-				return clusterWorld{shared.cluster, shared.cluster.Account(t, append(allRBAC(), grants(t, entry, c)...))}
+			var params string
+			if c.Params != nil {
+				params, _ = c.Params(t)
+			}
+			rule := ruleOf(t, name, entry.Name, params)
+			every += rule
+			var account *printedAccount
+			c.World = func(testing.TB) conformance.World {
+				return &clusterWorld{Cluster: shared.cluster, account: account}
 			}
 			c.Namespace = func(t testing.TB, _ conformance.World) string { return shared.cluster.Namespace(t, kube.Name("ns")) }
-			t.Run(name, func(t *testing.T) { conformance.Run(t, c) })
+			t.Run(name, func(t *testing.T) {
+				account = accountFor(t, "rules:\n"+rule)
+				conformance.Run(t, c)
+			})
 		}
 		if !found {
 			t.Errorf("responder %s acts on the cluster and has no case here", entry.Name)
 		}
 	}
+	t.Run("every responder in one file", func(t *testing.T) { accountFor(t, every) })
 }
 
 // podNow is the very pod as it is now, or nil.

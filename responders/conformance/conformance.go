@@ -53,6 +53,14 @@ type World interface {
 	Forbid(t testing.TB, verb, group, resource string)
 }
 
+// Placed is a World whose stoop has a service account, and on each node a token of
+// its own.
+type Placed interface {
+	// On says on which node stoop runs, before Config is called, and returns what it
+	// is known by.
+	On(t testing.TB, node string) responders.Self
+}
+
 // Case is a responder with parameters that make it act.
 type Case struct {
 	Responder string
@@ -461,6 +469,9 @@ func newRig(t *testing.T, c Case, entry responders.Entry) *rig {
 		})
 	}
 	r.guards = responders.Guards{Mode: broker.Enforce, Node: r.node, MaxAge: 10 * time.Minute, Approval: time.Hour}
+	if p, ok := r.world.(Placed); ok {
+		r.guards.Self = p.On(t, r.node)
+	}
 	if c.Namespace != nil {
 		r.namespace = c.Namespace(t, r.world)
 	}
@@ -531,7 +542,7 @@ func (r *rig) start() *responders.Host {
 		Local: r.local, Evidence: store,
 		Kube: r.kube, HTTP: &http.Client{Transport: r.net.wrap(http.DefaultTransport)},
 		Node: r.node, Cluster: "test", Data: t.TempDir(), Caller: r.broker, Log: log,
-		ProtectedPod: r.guards.ProtectedPod,
+		Self: r.guards.Self, ProtectedPod: r.guards.ProtectedPod,
 	}
 	r.responder = r.entry.New(env)
 	h, err := responders.NewHost(ctx, responders.Config{
