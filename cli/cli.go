@@ -129,7 +129,7 @@ says what it would do.`,
 	root.SetVersionTemplate("stoop {{.Version}}\n")
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
-		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.versionCommand(), p.convertCommand(),
+		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.evidenceCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.versionCommand(), p.convertCommand(),
 		p.childCommand(),
 	)
 	for _, c := range root.Commands() {

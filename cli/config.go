@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"stoop/broker"
+	"stoop/evidence"
+	"stoop/evidence/s3"
 	"stoop/param"
 	"stoop/responders"
 	"stoop/rules"
@@ -200,8 +202,24 @@ var (
 
 // Evidence is how much is kept of suspects.
 type Evidence struct {
-	Size      param.Size `param:"size" doc:"The most that is kept in all. What does not fit is left out, and said." min:"1MiB"`
-	PerTarget int        `param:"perTarget" doc:"How many cases of one container or process are kept: the first ones." min:"1" max:"1000"`
+	Size      param.Size     `param:"size" doc:"The most that is kept in all. What does not fit is left out, and said." min:"1MiB"`
+	PerTarget int            `param:"perTarget" doc:"How many cases of one container or process are kept: the first ones." min:"1" max:"1000"`
+	Age       param.Duration `param:"age" doc:"How old a case gets before it is taken away from the disk; with s3 only when the bucket has it. 0: as old as it likes."`
+	S3        S3             `param:"s3" doc:"A bucket to which every finished case is copied."`
+}
+
+// S3 is the bucket of an S3 service.
+type S3 struct {
+	Endpoint     param.URL      `param:"endpoint" doc:"https://host or https://host:port; off when empty. With http:// the evidence can be read on its way."`
+	Bucket       string         `param:"bucket" doc:"The bucket's name. stoop makes none."`
+	Prefix       string         `param:"prefix" doc:"Begins every key: prefix/node/step/file."`
+	Region       string         `param:"region" doc:"The bucket's region."`
+	AccessKey    param.Secret   `param:"accessKey" doc:"Where the access key is read: {file: PATH} or {env: NAME}. It is read anew for every file, and needs s3:PutObject alone."`
+	SecretKey    param.Secret   `param:"secretKey" doc:"Where its secret is read, likewise."`
+	SessionToken param.Secret   `param:"sessionToken" doc:"Where the session token is read, likewise, if the key has one."`
+	CA           string         `param:"ca" doc:"The authorities that the endpoint's certificate may be of, a PEM file. Default: the system's."`
+	Lock         string         `param:"lock" oneof:"none governance compliance" doc:"The object lock that every object gets, for as long as retention. The bucket must have been made with object lock. none: how long it keeps what is the bucket's own affair."`
+	Retention    param.Duration `param:"retention" min:"1h" doc:"How long the lock holds."`
 }
 
 // Host is where the kernel of this node is seen. Its processes are in /proc, or
@@ -248,9 +266,12 @@ func defaults() Config {
 			Limits:      Limits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}},
 			LocalLimits: Limits{Rate{20, minute}, Rate{20, minute}, Rate{40, minute}},
 		},
-		Evidence: Evidence{Size: 1 << 30, PerTarget: 3},
-		Host:     Host{Cgroup: "/sys/fs/cgroup"},
-		Log:      Log{Level: "info", Format: "auto"},
+		Evidence: Evidence{
+			Size: 1 << 30, PerTarget: 3, Age: param.Duration(720 * time.Hour),
+			S3: S3{Region: "us-east-1", Lock: "none", Retention: param.Duration(720 * time.Hour)},
+		},
+		Host: Host{Cgroup: "/sys/fs/cgroup"},
+		Log:  Log{Level: "info", Format: "auto"},
 	}
 }
 
@@ -325,6 +346,46 @@ func (c *Config) brokerConfig() (broker.Config, error) {
 		bc.Listen.Users = append(bc.Listen.Users, user)
 	}
 	return bc, nil
+}
+
+// evidenceBucket is where evidence is copied to; nil: nowhere.
+func (c *Config) evidenceBucket() (evidence.Bucket, error) {
+	s := c.Evidence.S3
+	if s.Endpoint == "" {
+		if s.Bucket != "" {
+			return nil, errors.New("evidence.s3 names a bucket and no endpoint")
+		}
+		return nil, nil
+	}
+	keys := func() (access, secret, session string, err error) {
+		if access, err = s.AccessKey.Resolve(); err != nil {
+			return "", "", "", fmt.Errorf("evidence.s3.accessKey: %w", err)
+		}
+		if secret, err = s.SecretKey.Resolve(); err != nil {
+			return "", "", "", fmt.Errorf("evidence.s3.secretKey: %w", err)
+		}
+		if s.SessionToken.IsSet() {
+			if session, err = s.SessionToken.Resolve(); err != nil {
+				return "", "", "", fmt.Errorf("evidence.s3.sessionToken: %w", err)
+			}
+		}
+		return access, secret, session, nil
+	}
+	if _, _, _, err := keys(); err != nil {
+		return nil, err
+	}
+	sc := s3.Config{
+		Endpoint: string(s.Endpoint), Bucket: s.Bucket, Prefix: s.Prefix, Region: s.Region, Keys: keys, CA: s.CA,
+		Retention: time.Duration(s.Retention),
+	}
+	if s.Lock != "none" {
+		sc.Lock = strings.ToUpper(s.Lock)
+	}
+	b, err := s3.New(sc)
+	if err != nil {
+		return nil, fmt.Errorf("evidence.s3: %w", err)
+	}
+	return b, nil
 }
 
 // isLoopback reports whether only this machine reaches an address.

@@ -44,7 +44,9 @@ Exits with 1 if anything is wrong. Warnings are printed and change nothing.`,
 				set, rerr = rules.Load(file, catalogOf(responders.All()))
 			}
 			if cerr == nil && config != "" {
-				_, cerr = c.brokerConfig()
+				if _, cerr = c.brokerConfig(); cerr == nil {
+					_, cerr = c.evidenceBucket()
+				}
 			}
 			for _, err := range []error{cerr, rerr} {
 				if err != nil {

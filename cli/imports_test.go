@@ -22,6 +22,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"node":                   {},
 		"node/nodetest":          {},
 		"evidence":               {},
+		"evidence/s3":            {"evidence"},
 		"child":                  {},
 		"broker":                 {"alert", "failpoint"},
 		"broker/brokertest":      {"broker"},
@@ -31,7 +32,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
 		"router":                 {"alert", "broker", "rules"},
-		"cli":                    {"alert", "broker", "child", "convert", "evidence", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
+		"cli":                    {"alert", "broker", "child", "convert", "evidence", "evidence/s3", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
 		"examples/subscriber":    {}, // a program of somebody else's, as it were
 		".":                      {"cli"},
 	}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -138,6 +137,10 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		return wrong(err)
 	}
 	bc.Log = log
+	bucket, err := c.evidenceBucket()
+	if err != nil {
+		return wrong(err)
+	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
@@ -166,7 +169,8 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	}
 
 	store, err := evidence.Open(evidence.Config{
-		Dir: filepath.Join(c.Data, "evidence"), Size: int64(c.Evidence.Size), PerTarget: c.Evidence.PerTarget, Log: log,
+		Dir: evidenceDir(c.Data), Size: int64(c.Evidence.Size), PerTarget: c.Evidence.PerTarget,
+		Age: time.Duration(c.Evidence.Age), Bucket: bucket, Node: nodeName, Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return err
@@ -211,6 +215,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	var bg, eng, src sync.WaitGroup
 	var engineErr error
 	bg.Go(func() { _ = local.Serve(background) })
+	bg.Go(func() { store.Run(background) })
 	if pods != nil {
 		bg.Go(func() { pods.Run(background) })
 	}

@@ -24,6 +24,9 @@ const (
 	// partial begins the name of a file that is being written. No piece's name
 	// begins with a dot.
 	partial = ".part-"
+	// uploadedName is the file that says that the bucket has the case. It is no
+	// piece.
+	uploadedName = ".uploaded"
 	// notesMost and piecesMost bound a manifest.
 	notesMost  = 200
 	piecesMost = 10_000
@@ -74,7 +77,7 @@ type Case struct {
 	store  *Store
 	about  About
 	m      Manifest
-	was    bool // it was finished before
+	was    bool // it was finished before, and is as it was
 	size   int64
 	unsafe []string // files that are not known to be on the disk
 	sum    string
@@ -111,6 +114,9 @@ func (c *Case) resume(ctx context.Context) error {
 	switch {
 	case err == nil && old.Finished():
 		c.m, c.was = old, true
+		if _, c.sum, err = c.store.hash(ctx, step, manifestName); err != nil {
+			return err
+		}
 	case err == nil:
 		c.m.Begun, c.m.Pieces, c.m.Notes = old.Begun, old.Pieces, old.Notes
 	default:
@@ -122,7 +128,7 @@ func (c *Case) resume(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		name := e.Name()
-		if name == manifestName {
+		if name == manifestName || name == uploadedName {
 			continue
 		}
 		info, err := e.Info()
@@ -162,12 +168,14 @@ func (c *Case) Manifest() Manifest {
 	return m
 }
 
-// WasFinished reports whether an earlier run had finished the case: it was
-// closed, and stoop ended before it could note that the step was done.
+// WasFinished reports whether an earlier run had finished the case, and nothing was
+// changed in it since: it was closed, and stoop ended before it could note that the
+// step was done.
 func (c *Case) WasFinished() bool { return c.was }
 
 // Note adds a sentence to the manifest.
 func (c *Case) Note(format string, args ...any) {
+	c.was = false
 	switch n := len(c.m.Notes); {
 	case n < notesMost:
 		c.m.Notes = append(c.m.Notes, fmt.Sprintf(format, args...))
@@ -193,6 +201,7 @@ func (c *Case) Add(ctx context.Context, name string, r io.Reader, max int64) (Pi
 		c.Note("pieces beyond %d are not kept", piecesMost)
 		return p, fmt.Errorf("the evidence of step %s has %d pieces already, no more are kept", c.about.Step, piecesMost)
 	}
+	c.was = false
 	err := c.add(ctx, &p, r, max)
 	if err != nil {
 		p.Error = err.Error()
@@ -212,6 +221,7 @@ func (c *Case) Drop(name string) error {
 	if i < 0 || c.over {
 		return fmt.Errorf("the evidence of step %s has no piece %.100q to take away", c.about.Step, name)
 	}
+	c.was = false
 	p := c.m.Pieces[i]
 	c.m.Pieces = slices.Delete(c.m.Pieces, i, i+1)
 	if p.SHA256 == "" {
@@ -227,6 +237,7 @@ func (c *Case) Drop(name string) error {
 
 // Doubt marks a piece as not whole, and says why.
 func (c *Case) Doubt(name, why string) {
+	c.was = false
 	for i := range c.m.Pieces {
 		if p := &c.m.Pieces[i]; p.Name == name && p.Error == "" {
 			p.Error = why
@@ -357,8 +368,16 @@ func (c *Case) Close() error {
 		return nil
 	}
 	c.over = true
+	if c.was {
+		c.store.leave(c.about.Step, false)
+		return nil
+	}
 	c.m.Ended = time.Now().UTC()
 	err := c.sync()
+	if err == nil {
+		// A bucket may have it as it was before.
+		err = c.store.forgetUpload(c.about.Step)
+	}
 	if err == nil {
 		err = c.write(true)
 	}
@@ -366,6 +385,7 @@ func (c *Case) Close() error {
 	if err != nil {
 		return fmt.Errorf("close the evidence of step %s: %w", c.about.Step, err)
 	}
+	c.store.finished(c.m)
 	return nil
 }
 

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // Config is where evidence is kept and how much of it.
@@ -28,7 +30,16 @@ type Config struct {
 	// PerTarget is how many cases of one target a responder may keep: the first
 	// ones, which saw the least of what the answers changed. 0: no limit.
 	PerTarget int
-	Log       *slog.Logger
+	// Age is how old a case gets, from its end, before [Store.Run] takes it away;
+	// 0: as old as it likes.
+	Age time.Duration
+	// Bucket is where [Store.Run] copies every finished case to; nil: nowhere.
+	// Then a case is only taken away when the bucket has it.
+	Bucket Bucket
+	// Node begins the names in the bucket, which many nodes may share.
+	Node       string
+	Log        *slog.Logger
+	Registerer prometheus.Registerer // nil: nothing is counted
 }
 
 // Errors of [Store.Begin] that say that nothing more is to be kept: no fault,
@@ -54,6 +65,14 @@ type Store struct {
 	cases map[string]string // step → key of its target
 	kept  map[string]int    // key of a target → its cases
 	open  map[string]bool   // the steps whose cases are being filled
+	// ended are the cases that nobody fills, with when they were finished, or begun;
+	// pending those that are finished and that the bucket does not have.
+	ended   map[string]time.Time
+	pending map[string]*upload
+
+	wake                  chan struct{} // a token when there is something to upload
+	retryFirst, retryMost time.Duration
+	metrics               *metrics
 }
 
 // About is what a case is of; its strings may be an attacker's, so none of them
@@ -96,7 +115,11 @@ func Open(c Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the evidence folder: %w", err)
 	}
-	s := &Store{cfg: c, root: root, open: map[string]bool{}}
+	s := &Store{
+		cfg: c, root: root, open: map[string]bool{},
+		wake: make(chan struct{}, 1), retryFirst: retryFirst, retryMost: retryMost,
+	}
+	s.metrics = newMetrics(s, c.Registerer)
 	if err := s.takeStock(); err != nil {
 		root.Close()
 		return nil, err
@@ -111,6 +134,7 @@ func (s *Store) Close() error { return s.root.Close() }
 // takeStock counts what is in the folder. Somebody may have taken cases away.
 func (s *Store) takeStock() error {
 	used, cases, kept := int64(0), map[string]string{}, map[string]int{}
+	ended, pending := map[string]time.Time{}, map[string]*upload{}
 	steps, err := s.steps()
 	if err != nil {
 		return err
@@ -130,8 +154,20 @@ func (s *Store) takeStock() error {
 		}
 		cases[step] = m.key()
 		kept[m.key()]++
+		switch {
+		case !m.Finished():
+			// It may be that nobody ever does.
+			ended[step] = m.Begun
+			continue
+		case s.cfg.Bucket != nil && !s.uploaded(step):
+			pending[step] = s.pending[step]
+			if pending[step] == nil {
+				pending[step] = &upload{}
+			}
+		}
+		ended[step] = m.Ended
 	}
-	s.used, s.cases, s.kept = used, cases, kept
+	s.used, s.cases, s.kept, s.ended, s.pending = used, cases, kept, ended, pending
 	return nil
 }
 
@@ -268,6 +304,8 @@ func (s *Store) leave(step string, gone bool) {
 	if !gone {
 		return
 	}
+	delete(s.ended, step)
+	delete(s.pending, step)
 	if key, there := s.cases[step]; there {
 		delete(s.cases, step)
 		if s.kept[key]--; s.kept[key] <= 0 {

@@ -18,6 +18,16 @@ import (
 // manifestMost is how many bytes of a manifest are read.
 const manifestMost = 16 << 20
 
+// OpenToRead opens the folder that another process writes to. Only what reads may be
+// called.
+func OpenToRead(dir string) (*Store, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the evidence folder: %w", err)
+	}
+	return &Store{cfg: Config{Dir: dir}, root: root}, nil
+}
+
 // Cases are the manifests of all cases, the earliest first. One that can't be
 // read has a note instead of pieces.
 func (s *Store) Cases() ([]Manifest, error) {
@@ -68,6 +78,16 @@ func (s *Store) Read(step, name string) (io.ReadCloser, Piece, error) {
 	return f, p, nil
 }
 
+// Copied reports whether a bucket has the case as it is, by the mark in its folder.
+func (s *Store) Copied(step string) bool {
+	m, err := s.mark(step)
+	if err != nil {
+		return false
+	}
+	_, sum, err := s.hash(context.Background(), step, manifestName)
+	return err == nil && m.Manifest == sum
+}
+
 // Verify reads all pieces of a case again and says what is not as its manifest
 // says; nil: all is.
 func (s *Store) Verify(ctx context.Context, step string) ([]string, error) {
@@ -80,7 +100,7 @@ func (s *Store) Verify(ctx context.Context, step string) ([]string, error) {
 	if !m.Finished() {
 		say("the case was never finished")
 	}
-	listed := map[string]bool{manifestName: true}
+	listed := map[string]bool{manifestName: true, uploadedName: true}
 	for _, p := range m.Pieces {
 		listed[p.Name] = true
 		if p.SHA256 == "" {
