@@ -113,7 +113,11 @@ func writeParams(b *strings.Builder, under string, fields []param.Field) {
 func writeRBAC(b *strings.Builder, rules []rbacv1.PolicyRule) {
 	b.WriteString("| API group | resources | verbs |\n| --- | --- | --- |\n")
 	for _, r := range rules {
-		fmt.Fprintf(b, "| %s | %s | %s |\n", cmp.Or(strings.Join(r.APIGroups, ", "), "core"), strings.Join(r.Resources, ", "), strings.Join(r.Verbs, ", "))
+		what := strings.Join(r.Resources, ", ")
+		if len(r.ResourceNames) > 0 {
+			what += " (only " + strings.Join(r.ResourceNames, ", ") + ")"
+		}
+		fmt.Fprintf(b, "| %s | %s | %s |\n", cmp.Or(strings.Join(r.APIGroups, ", "), "core"), what, strings.Join(r.Verbs, ", "))
 	}
 }
 

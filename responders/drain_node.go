@@ -60,7 +60,7 @@ The step waits for a person's approval unless its rule says approve: false.
 		// Above the most that the parameter deadline may be.
 		Deadline: drainMost + time.Minute,
 		Approve:  func(json.RawMessage) bool { return true },
-		New:      func(env Env) Responder { return &nodeDrainer{newNodeActs(env), env.ProtectedPod} },
+		New:      func(env Env) Responder { return &nodeDrainer{newNodeActs(env), env.ProtectedPod, evictAgain} },
 	}
 }
 
@@ -88,6 +88,7 @@ func drainNodeDefaults() drainNodeParams {
 type nodeDrainer struct {
 	acts      nodeActs
 	protected func(*corev1.Pod) string
+	again     time.Duration
 }
 
 // drain is a drain under way.
@@ -240,7 +241,7 @@ func (d *drain) evictThese(ctx context.Context, pods *nodePods) {
 		name := pod.Namespace + "/" + pod.Name
 		switch _, passes, after, _ := classify(err); {
 		case apierrors.IsTooManyRequests(err):
-			d.tries[pod.UID] = &evicting{err, time.Now().Add(max(after, evictAgain))}
+			d.tries[pod.UID] = &evicting{err, time.Now().Add(max(after, d.again))}
 			return false
 		case err == nil:
 			d.evicted = append(d.evicted, name)

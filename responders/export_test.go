@@ -42,3 +42,18 @@ func Render(body string, alert []byte) ([]byte, error) {
 
 // CheckBody says what is wrong with a body of a webhook-call.
 func CheckBody(body string) error { return new(template).UnmarshalText([]byte(body)) }
+
+// NewDrain is the responder drain-node, which renews the Lease after every beat and
+// asks for pods again as soon as it looks.
+func NewDrain(env Env, beat time.Duration) Responder {
+	d := drainNode().New(env).(*nodeDrainer)
+	d.acts.beat, d.again = beat, 0
+	return d
+}
+
+// AgeNodeLease has k believe that it saw the Lease so much earlier.
+func (k *Kube) AgeNodeLease(by time.Duration) {
+	k.nodeTurn.mu.Lock()
+	defer k.nodeTurn.mu.Unlock()
+	k.nodeTurn.since = k.nodeTurn.since.Add(-by)
+}

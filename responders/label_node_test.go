@@ -75,10 +75,9 @@ func TestLabelNodeThatIsAnotherOne(t *testing.T) {
 // A stoop whose node has another name in the cluster says which setting is wrong.
 func TestNodeThatTheClusterDoesNotKnow(t *testing.T) {
 	for responder, params := range map[string]string{
-		"label-node": `labels: {a: b}`,
+		"label-node": `labels: {a: b}`, "cordon-node": "", "taint-node": "", "drain-node": "",
 	} {
-		a := newActor(t, responder, nil)
-		_, err := a.Act(t.Context(), a.request("s1", params))
+		_, err := newFleet(t, "another").stoop(testNode, nil).act(t.Context(), responder, "s1", params)
 		if status, _, _, reason := responders.Classify(err); status != broker.Refused || !strings.Contains(reason, "NODE_NAME") || !strings.Contains(reason, "node: in stoop.yaml") || !strings.Contains(reason, testNode) {
 			t.Errorf("%s: status %s (%s)", responder, status, reason)
 		}

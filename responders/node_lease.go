@@ -37,12 +37,9 @@ const (
 	noteDrain  = "drain" // of a node that somebody else had cordoned
 	noteTaint  = "taint "
 
-	// A holder that is not heard of for leaseFor is dead. It renews every
-	// leaseRenew, and gives up its act when that has not worked for leaseGiveUp.
-	leaseFor    = 15 * time.Second
-	leaseRenew  = 5 * time.Second
-	leaseGiveUp = 10 * time.Second
-	leaseAgain  = time.Second // after a renewal that failed
+	// The holder renews the Lease after every leaseBeat, gives up its act when that
+	// has not worked for two of them, and is dead when it was not heard of for three.
+	leaseBeat = 5 * time.Second
 	// leaseBusy is about when a step asks again whose Lease another node holds.
 	leaseBusy = 5 * time.Second
 	// leaseAnswer bounds a request of the Lease's own.
@@ -87,11 +84,12 @@ type nodeActs struct {
 	kube      *Kube
 	node      string
 	namespace string // of the Lease
+	beat      time.Duration
 	log       *slog.Logger
 }
 
 func newNodeActs(env Env) nodeActs {
-	a := nodeActs{kube: env.Kube, node: env.Node, namespace: env.Self.Namespace, log: env.Log}
+	a := nodeActs{kube: env.Kube, node: env.Node, namespace: env.Self.Namespace, beat: leaseBeat, log: env.Log}
 	if a.namespace == "" {
 		a.namespace = metav1.NamespaceDefault
 	}
@@ -292,7 +290,7 @@ func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
 	}
 	holder := l.spec.HolderIdentity
 	if holder != "" && holder != a.node {
-		wait := min(max(time.Duration(l.spec.LeaseDurationSeconds)*time.Second, leaseFor), 4*leaseFor)
+		wait := min(max(time.Duration(l.spec.LeaseDurationSeconds)*time.Second, 3*a.beat), 12*a.beat)
 		if !a.kube.nodeTurn.dead(object.GetResourceVersion(), wait) {
 			// While it is that node's turn, there may be enough with it.
 			if err := a.room(ctx); err != nil {
@@ -308,7 +306,7 @@ func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
 		l.spec.LeaseTransitions++
 		l.spec.AcquireTime = &now
 	}
-	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = a.node, int32(leaseFor/time.Second)
+	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = a.node, max(1, int32(3*a.beat/time.Second))
 	// A conflict is another node that was faster.
 	if err := a.write(ctx, l); err != nil {
 		return fail(err)
@@ -350,7 +348,7 @@ func (a *nodeActs) write(ctx context.Context, l *nodeLease) error {
 // lost. It returns the Lease as it is then; nil when it is not this node's any
 // more.
 func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l *nodeLease) *nodeLease {
-	next := time.NewTimer(leaseRenew)
+	next := time.NewTimer(a.beat)
 	defer next.Stop()
 	for {
 		select {
@@ -358,20 +356,20 @@ func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l 
 			return l
 		case <-next.C:
 		}
-		answer, done := context.WithDeadline(ctx, l.at.Add(leaseGiveUp))
+		answer, done := context.WithDeadline(ctx, l.at.Add(2*a.beat))
 		err := a.write(answer, l)
 		done()
 		switch {
 		case ctx.Err() != nil:
 			return l
 		case err == nil:
-			next.Reset(leaseRenew)
-		case apierrors.IsConflict(err), apierrors.IsNotFound(err), time.Since(l.at) >= leaseGiveUp-leaseAgain:
+			next.Reset(a.beat)
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err), time.Since(l.at) >= 2*a.beat-a.beat/5:
 			a.log.Warn("the lease could not be renewed", "lease", nodeLeaseName, "error", err)
 			cancel(errNodeLease)
 			return nil
 		default:
-			next.Reset(leaseAgain)
+			next.Reset(a.beat / 5)
 		}
 	}
 }
@@ -385,7 +383,7 @@ func (a *nodeActs) release(ctx context.Context, l *nodeLease) {
 	defer cancel()
 	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = "", 1
 	if err := a.write(ctx, l); err != nil {
-		a.log.Warn("the lease could not be given back: it runs out by itself", "lease", nodeLeaseName, "after", leaseFor, "error", err)
+		a.log.Warn("the lease could not be given back: it runs out by itself", "lease", nodeLeaseName, "after", 3*a.beat, "error", err)
 	}
 }
 
