@@ -10,18 +10,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"stoop/node/nodetest"
 )
 
 // What docs/containment.md says to type freezes a suspect, shows the evidence, and
 // thaws it.
 func TestDocsWalkThrough(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("it needs root")
-		}
-		t.Skip("it needs root, to freeze a cgroup")
-	}
+	nodetest.Root(t)
 	data, err := os.ReadFile("../docs/containment.md")
 	if err != nil {
 		t.Fatal(err)
