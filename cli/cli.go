@@ -108,9 +108,9 @@ func (p *program) root() *cobra.Command {
 		Short: "Answer Falco's alerts in milliseconds",
 		Long: `stoop reads Falco's alerts and answers them by your rules: within milliseconds
 it freezes the container, cuts its network or kills the process; it keeps the
-evidence, deletes or isolates the pod, tells people. A person may have to approve
-a step first, and can take one back. It begins in audit mode, in which it only
-says what it would do.`,
+evidence, deletes or isolates the pod, tells people. A person may have to
+approve a step first, and can take one back. It begins in audit mode, in
+which it only says what it would do.`,
 		Example:      "  stoop check --rules rules.yaml\n  stoop run --rules rules.yaml --pipe /run/stoop/falco.pipe\n  stoop tail",
 		Version:      version(),
 		SilenceUsage: true, SilenceErrors: true,

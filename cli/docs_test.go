@@ -106,7 +106,8 @@ func TestShippedRules(t *testing.T) {
 // Every command has a long help and an example, and they fit a terminal.
 func TestDocsHelp(t *testing.T) {
 	p := &program{stdin: os.Stdin, stdout: t.Output(), stderr: t.Output()}
-	for _, c := range p.root().Commands() {
+	root := p.root()
+	for _, c := range append(root.Commands(), root) {
 		if c.Hidden {
 			continue // stoop starts it, nobody else
 		}

@@ -43,7 +43,7 @@ Exits with 1 if --verify found something wrong.`,
 	}
 	data := dataFlag(cmd)
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	cmd.Flags().BoolVar(&verify, "verify", false, "read every piece again, and say what is not as its manifest says")
+	cmd.Flags().BoolVar(&verify, "verify", false, "read every piece again and hold it against its manifest")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(output); err != nil {
 			return err
