@@ -35,7 +35,11 @@ func (p *program) respondersCommand() *cobra.Command {
 		if len(args) == 1 {
 			i := slices.IndexFunc(entries, func(e responders.Entry) bool { return e.Name == args[0] })
 			if i < 0 {
-				return usage("%s", param.Unknown("responder", args[0], responderNames(entries)))
+				meant := ""
+				if near := param.Nearest(args[0], responderNames(entries)); near != "" {
+					meant = fmt.Sprintf("; did you mean %s?", near)
+				}
+				return usage("there is no responder %q%s (stoop responders lists them)", args[0], meant)
 			}
 			entries = entries[i : i+1]
 		}
