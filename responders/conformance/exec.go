@@ -29,14 +29,24 @@ func (s *Server) OnExec(_ testing.TB, run func(c Command, stdout, stderr io.Writ
 	s.onExec = run
 }
 
+// OnUpgrade has another answer what is to be executed by another way than a WebSocket.
+func (s *Server) OnUpgrade(_ testing.TB, answer http.HandlerFunc) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onUpgrade = answer
+}
+
 func (s *Server) exec(w http.ResponseWriter, r *http.Request, c call) {
 	s.mu.Lock()
-	run := s.onExec
+	run, upgrade := s.onExec, s.onUpgrade
 	pod := s.objects["pods"][c.namespace+"/"+c.name]
 	s.mu.Unlock()
 	switch {
 	case pod == nil:
 		reply(w, http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, fmt.Sprintf("pods %q not found", c.name)))
+		return
+	case !websocket.IsWebSocketUpgrade(r) && upgrade != nil:
+		upgrade(w, r)
 		return
 	case !websocket.IsWebSocketUpgrade(r):
 		reply(w, http.StatusBadRequest, status(http.StatusBadRequest, metav1.StatusReasonBadRequest, "Upgrade request required"))

@@ -49,6 +49,7 @@ type Server struct {
 	forbidden map[string]bool // "verb resource", for stoop
 	finished  chan struct{}
 	onExec    func(c Command, stdout, stderr io.Writer) int
+	onUpgrade http.HandlerFunc
 	onLog     func(l Log, w io.Writer)
 }
 
