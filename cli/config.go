@@ -140,7 +140,7 @@ type Guard struct {
 	Cooldown    param.Duration `param:"cooldown" doc:"After an act, the same rule leaves the same object alone for so long."`
 	MaxAge      param.Duration `param:"maxAge" min:"1s" doc:"An older alert is not acted on."`
 	Approval    param.Duration `param:"approval" min:"1m" doc:"So long a step waits for somebody to approve it."`
-	Limits      Limits         `param:"limits" doc:"Harmful steps through the API server at most, as N/window; 0 is no limit."`
+	Limits      APILimits      `param:"limits" doc:"Harmful steps through the API server at most, as N/window; 0 is no limit."`
 	LocalLimits Limits         `param:"localLimits" doc:"The same for harmful steps that this node does by itself: freeze, cut, kill. A busy breaker of the one holds up none of the other."`
 }
 
@@ -156,6 +156,16 @@ type Limits struct {
 	Namespace Rate `param:"namespace" doc:"In one namespace on this node. Alerts below Critical get three quarters of it."`
 	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
 }
+
+// APILimits are Limits with one for the whole cluster.
+type APILimits struct {
+	Rule      Rate `param:"rule" doc:"By one rule on this node."`
+	Namespace Rate `param:"namespace" doc:"In one namespace on this node. Alerts below Critical get three quarters of it."`
+	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
+	Cluster   Rate `param:"cluster" doc:"By all nodes of the cluster together, at most 2000. A node gets at most a quarter of it, but one step at least, and alerts below Critical three quarters."`
+}
+
+func (l APILimits) rates() responders.Limits { return Limits{l.Rule, l.Namespace, l.Node}.rates() }
 
 func (l Limits) rates() responders.Limits {
 	return responders.Limits{Rule: responders.Rate(l.Rule), Namespace: responders.Rate(l.Namespace), Node: responders.Rate(l.Node)}
@@ -263,7 +273,7 @@ func defaults() Config {
 			Cooldown:    param.Duration(5 * minute),
 			MaxAge:      param.Duration(10 * minute),
 			Approval:    param.Duration(60 * minute),
-			Limits:      Limits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}},
+			Limits:      APILimits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}, Rate{60, 10 * minute}},
 			LocalLimits: Limits{Rate{20, minute}, Rate{20, minute}, Rate{40, minute}},
 		},
 		Evidence: Evidence{

@@ -179,13 +179,17 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	own := &responders.OwnProcesses{}
 	machine := node.New(node.Config{Cgroup: c.Host.Cgroup, Log: log})
 
+	told := &teller{node: nodeName, log: log}
+	fleet, err := c.fleet(kube, nodeName, self, told, log, reg)
+	if err != nil {
+		return wrong(err)
+	}
 	r := router.New(log, reg)
 	r.SetRules(set)
-	told := &teller{node: nodeName, log: log}
 	e := &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
 		host: responders.Config{
-			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Tell: told.tell,
+			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Fleet: fleet, Tell: told.tell,
 			Env: responders.Env{
 				Kube: kube, Node: nodeName, Cluster: c.Cluster, Data: c.Data,
 				Local: machine, Evidence: store, Self: self, Own: own, Log: log,
@@ -218,6 +222,9 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	bg.Go(func() { store.Run(background) })
 	if pods != nil {
 		bg.Go(func() { pods.Run(background) })
+	}
+	if fleet != nil {
+		bg.Go(func() { fleet.Run(background) })
 	}
 	bg.Go(func() {
 		if err := machine.Run(background); err != nil {
@@ -488,6 +495,22 @@ func (c *Config) guards(name string, self responders.Self, own *responders.OwnPr
 		g.Namespaces = append(g.Namespaces, self.Namespace)
 	}
 	return g
+}
+
+// fleet is this node's part in the budget of the whole cluster; nil without a
+// cluster, and where it is off.
+func (c *Config) fleet(kube *responders.Kube, name string, self responders.Self, told *teller, log *slog.Logger, reg prometheus.Registerer) (*responders.Fleet, error) {
+	if kube == nil || c.Guard.Limits.Cluster.N == 0 {
+		return nil, nil
+	}
+	namespace := self.Namespace
+	if namespace == "" {
+		namespace = "default"
+	}
+	return responders.NewFleet(responders.FleetConfig{
+		Kube: kube, Namespace: namespace, Node: name, Limit: responders.Rate(c.Guard.Limits.Cluster),
+		Log: log, Tell: told.tell, Registerer: reg,
+	})
 }
 
 // teller tells people what no outcome says: as an alert of stoop's own, so that

@@ -65,7 +65,7 @@ func worldIn(t *testing.T, c *kube.Cluster, rbac []rbacv1.PolicyRule) *world {
 
 // allRBAC is exactly what stoop and its responders say they need.
 func allRBAC() []rbacv1.PolicyRule {
-	rules := responders.BaseRBAC()
+	rules := append(responders.BaseRBAC(), responders.OwnRBAC()...)
 	for _, r := range responders.All() {
 		rules = append(rules, r.RBAC...)
 	}

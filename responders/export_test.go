@@ -57,3 +57,13 @@ func (k *Kube) AgeNodeLease(by time.Duration) {
 	defer k.nodeTurn.mu.Unlock()
 	k.nodeTurn.since = k.nodeTurn.since.Add(-by)
 }
+
+// SetUseFor changes how long f uses what it holds without renewing it.
+func (f *Fleet) SetUseFor(d time.Duration) { f.terms.useFor, f.terms.heldFor = d, 2*d }
+
+// Left is what f holds for Critical alerts and has not used.
+func (f *Fleet) Left() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.left(true)
+}

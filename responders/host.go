@@ -31,9 +31,11 @@ type Config struct {
 	// says on its own, a breaker that opened: title is a constant, detail a
 	// sentence.
 	Tell func(title, detail string)
-	// Metrics and Ended are shared by all hosts of a process.
+	// Metrics, Ended and Fleet are shared by all hosts of a process. Without a
+	// Fleet there is no budget of the whole cluster.
 	Metrics *Metrics
 	Ended   *Ended
+	Fleet   *Fleet
 }
 
 // Ended remembers the steps that this process has ended lately. A store whose
@@ -260,6 +262,9 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 			}
 		}
 		reason, undo := h.left(s.ID, reason)
+		if !undo {
+			h.refund(s.ID)
+		}
 		h.finish(ctx, d, r, status, Result{Reason: reason}, undo)
 	default:
 		h.act(ctx, d, r, req)
@@ -367,7 +372,7 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		l.end(s.ID, broker.Done, Result{}, now)
 		return broker.Audited, why, 0
 	}
-	return "", "", 0
+	return h.charge(ctx, d, r, a.Priority.Urgent(), begun)
 }
 
 // target finds what the step acts on and fills it in, or says why there is
@@ -526,6 +531,9 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		h.ledger.end(s.ID, status, res, time.Now())
 		if err := h.ledger.save(ctx, s.ID); err != nil {
 			h.Log.Error("the result of a step could not be stored", "step", s.ID, "error", err)
+		}
+		if !undo {
+			h.refund(s.ID)
 		}
 		failpoint.Hit("host.after-result")
 	}

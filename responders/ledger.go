@@ -26,6 +26,7 @@ type act struct {
 	Urgent    bool              `json:"urgent,omitempty"`
 	Local     bool              `json:"local,omitempty"`    // done by this node itself
 	Approved  bool              `json:"approved,omitempty"` // by a person: no limit holds it back
+	Fleet     bool              `json:"fleet,omitempty"`    // it has its credit of the fleet's budget
 	Began     time.Time         `json:"began"`
 	Ended     time.Time         `json:"ended,omitzero"`
 	Status    broker.Status     `json:"status,omitempty"` // "" until it is known

@@ -57,4 +57,4 @@ func BaseRBAC() []rbacv1.PolicyRule {
 }
 
 // OwnRBAC is what stoop needs in its own namespace before any responder does.
-func OwnRBAC() []rbacv1.PolicyRule { return nil }
+func OwnRBAC() []rbacv1.PolicyRule { return fleetRBAC() }

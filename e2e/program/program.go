@@ -30,7 +30,7 @@ const NoLimits = `
 kubernetes: {qps: 5000, burst: 5000}
 guard:
   cooldown: 0s
-  limits: {rule: 0, namespace: 0, node: 0}
+  limits: {rule: 0, namespace: 0, node: 0, cluster: 0}
   localLimits: {rule: 0, namespace: 0, node: 0}
 `
 
