@@ -52,7 +52,8 @@ The alert's container has to be the pod's container of its name, running, before
 command and after it: if it was restarted meanwhile, the step fails, since the command
 may have run in its replacement. A command runs once: if stoop is killed, or the
 connection breaks, after the command may have begun, the step fails and says so.
-It waits behind freeze-container until timeout, for a frozen container runs nothing.
+Behind freeze-container it waits until timeout, for a frozen container runs nothing, and
+runs, unheard, when the container is thawed: put it before.
 
 Output is kept up to output bytes each of standard output and standard error; beyond
 that, and after timeout, stoop hangs up. Kubernetes has no way to end the command then:

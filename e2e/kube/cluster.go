@@ -45,7 +45,7 @@ type Cluster struct {
 	tokens          map[string]string // user → token
 	etcd, apiserver *harness.Process
 	kubelet         *kubelet // nil with real nodes
-	audit           bool
+	audit, nodes    bool
 }
 
 // Start starts a cluster with an audit log. It ends with the test.
@@ -75,7 +75,7 @@ func start(t harness.T, audit, nodes bool) *Cluster {
 	}
 	began := time.Now()
 	c := &Cluster{
-		dir: t.TempDir(), bin: bin, audit: audit,
+		dir: t.TempDir(), bin: bin, audit: audit, nodes: nodes,
 		tokens: map[string]string{adminUser: rand.Text(), kubeletUser: rand.Text()},
 	}
 	t.Cleanup(func() {
@@ -88,6 +88,11 @@ func start(t harness.T, audit, nodes bool) *Cluster {
 	})
 	if err := c.writeFiles(); err != nil {
 		t.Fatalf("%v", err)
+	}
+	if nodes {
+		if err := c.writeKubeletClient(); err != nil {
+			t.Fatalf("%v", err)
+		}
 	}
 	if err := c.startEtcd(t); err != nil {
 		t.Fatalf("%v", err)
@@ -207,6 +212,10 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 		"--service-account-key-file=" + c.path("sa.key"), "--service-account-signing-key-file=" + c.path("sa.key"),
 		"--authorization-mode=RBAC", "--token-auth-file=" + c.path("tokens.csv"),
 		"--cert-dir=" + c.path("certs"),
+	}
+	if c.nodes {
+		args = append(args, "--kubelet-preferred-address-types=InternalIP", // their names are nowhere to be asked for
+			"--kubelet-client-certificate="+c.path("kubelet-client.crt"), "--kubelet-client-key="+c.path("kubelet-client.key"))
 	}
 	if c.audit {
 		// Blocking, so that a request is in the log before its answer is out.

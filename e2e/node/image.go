@@ -18,7 +18,7 @@ const image = "stoop.invalid/e2e:1"
 const imageRepository = "stoop.invalid/e2e"
 
 // applets are what the image has of busybox.
-var applets = []string{"cat", "cp", "nc", "rm", "sh", "sleep", "usleep"}
+var applets = []string{"cat", "cp", "env", "nc", "rm", "sh", "sleep", "usleep"}
 
 // writeImage writes the image as an archive that containerd imports. There is
 // no registry to pull one from.

@@ -4,7 +4,7 @@
 // and in the same run what deleting the pod through the API alone comes to. Run
 // it as root in e2e:
 //
-//	go run ./node [-n 20] [-bare] [-write ../docs/performance.md]
+//	go run ./node [-n 20] [-bare | -inpod] [-write ../docs/performance.md]
 //
 // All of the node lives in one network, mount and pid namespace of its own. Only
 // its cgroups and a temporary folder are where others can see them, under one
@@ -50,6 +50,7 @@ type settings struct {
 	Stoop   string // the program
 	Repeat  int    // samples of each of stoop's figures
 	Bare    bool   // without stoop
+	InPod   bool   // only what acts in the pod, without figures
 	Command string // as the report names it
 }
 
@@ -65,6 +66,7 @@ func main() {
 	n := flag.Int("n", 20, "how many `samples` of each of stoop's figures, at least 10 for those that are to be kept")
 	write := flag.String("write", "", "the `file` whose part between the markers "+beginMark+" and "+endMark+" is replaced")
 	bare := flag.Bool("bare", false, "only what the API alone comes to, without stoop")
+	inPod := flag.Bool("inpod", false, "only what acts in the pod: that it works, no figures")
 	flag.Parse()
 	if flag.NArg() > 0 || *n < 1 {
 		flag.Usage()
@@ -75,7 +77,7 @@ func main() {
 	ctx, cancel := context.WithTimeout(ctx, allWithin)
 	defer cancel()
 	var report string
-	err := harness.Outside(ctx, os.Stderr, func(t harness.T) { report = run(t, *n, *bare) })
+	err := harness.Outside(ctx, os.Stderr, func(t harness.T) { report = run(t, *n, *bare, *inPod) })
 	if err == nil && *write != "" {
 		err = figures.Replace(*write, beginMark, endMark, report)
 	}
@@ -86,7 +88,7 @@ func main() {
 }
 
 // run builds what is needed, has the work done inside, and returns the report.
-func run(t harness.T, n int, bare bool) string {
+func run(t harness.T, n int, bare, inPod bool) string {
 	if err := check(); err != nil {
 		t.Fatalf("%v", err)
 	}
@@ -95,7 +97,7 @@ func run(t harness.T, n int, bare bool) string {
 		t.Fatalf("%v", err)
 	}
 	s := settings{
-		Repeat: n, Bare: bare,
+		Repeat: n, Bare: bare, InPod: inPod,
 		Command: strings.Join(append([]string{"go run ./node"}, os.Args[1:]...), " "),
 	}
 	if !bare {
@@ -139,6 +141,10 @@ func work(path string) int {
 	if err == nil {
 		err = harness.Outside(context.Background(), os.Stderr, func(t harness.T) {
 			m := &measuring{rig: startRig(t, s)}
+			if s.InPod {
+				m.inPodOnly()
+				return
+			}
 			m.all()
 			fmt.Print(m.report())
 		})

@@ -51,6 +51,7 @@ func (m *measuring) all() {
 		m.outlive(one)
 		m.cut(one)
 		m.killProcess(one)
+		m.inPod(one)
 		one.remove()
 		m.killContainer()
 		m.chain()
@@ -107,7 +108,13 @@ func (m *measuring) suspect() *suspect {
 // time counts.
 func (m *measuring) send(s *suspect, rule string) (id string, began time.Time) {
 	m.Helper()
-	line := s.alert(rule).Line()
+	return m.say(s.alert(rule))
+}
+
+// say writes an alert.
+func (m *measuring) say(a program.Alert) (id string, began time.Time) {
+	m.Helper()
+	line := a.Line()
 	began = time.Now()
 	m.stoop.Write(line)
 	return program.ID(line), began
@@ -292,18 +299,7 @@ func (m *measuring) chain() {
 // looks for the shell's program.
 func (m *measuring) readEvidence(s *suspect, o broker.Outcome) (files int) {
 	m.Helper()
-	dir := filepath.Join(m.stoop.Data, "evidence", o.ID)
-	b, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
-	if err != nil {
-		m.Fatalf("read the evidence: %v", err)
-	}
-	var manifest evidence.Manifest
-	if err := json.Unmarshal(b, &manifest); err != nil {
-		m.Fatalf("read the evidence's manifest: %v", err)
-	}
-	if !manifest.Finished() || manifest.Step != o.ID || manifest.Alert != o.Alert {
-		m.Fatalf("the evidence's manifest is not of this step, or not finished: %s", b)
-	}
+	dir, manifest := filepath.Join(m.stoop.Data, "evidence", o.ID), m.manifest(o)
 	want, found := busyboxSHA256(m), ""
 	environ := false
 	for _, p := range manifest.Pieces {
@@ -325,12 +321,28 @@ func (m *measuring) readEvidence(s *suspect, o broker.Outcome) (files int) {
 		environ = environ || strings.Contains(string(content), attackerIP)
 	}
 	if found == "" {
-		m.Fatalf("no file of the evidence is the shell's program, SHA-256 %s:\n%s", want, b)
+		m.Fatalf("no file of the evidence is the shell's program, SHA-256 %s: %+v", want, manifest)
 	}
 	if !environ {
-		m.Fatalf("nothing of the evidence names the attacker's address:\n%s", b)
+		m.Fatalf("nothing of the evidence names the attacker's address: %+v", manifest)
 	}
 	return files
+}
+
+// manifest is that of the step's evidence, which has to be finished.
+func (m *measuring) manifest(o broker.Outcome) (manifest evidence.Manifest) {
+	m.Helper()
+	b, err := os.ReadFile(filepath.Join(m.stoop.Data, "evidence", o.ID, "manifest.json"))
+	if err != nil {
+		m.Fatalf("read the evidence: %v", err)
+	}
+	if err := json.Unmarshal(b, &manifest); err != nil {
+		m.Fatalf("read the evidence's manifest: %v", err)
+	}
+	if !manifest.Finished() || manifest.Step != o.ID || manifest.Alert != o.Alert {
+		m.Fatalf("the evidence's manifest is not of this step, or not finished: %s", b)
+	}
+	return manifest
 }
 
 // api is what deleting the pod comes to when nothing acts on the node.

@@ -85,7 +85,7 @@ func startRig(t harness.T, s settings) *rig {
 	}
 	r.stoop = program.Start(r, program.Options{
 		Bin: s.Stoop, Node: nodeName, Kubeconfig: r.cluster.Account(r, rbac).Kubeconfig,
-		Mode: "enforce", Rules: rules, Config: program.NoLimits,
+		Mode: "enforce", Rules: rules + r.inPodRules(), Config: program.NoLimits,
 	})
 	return r
 }
@@ -243,8 +243,8 @@ cgroupDriver: cgroupfs
 cgroupRoot: /%s
 enforceNodeAllocatable: [pods]
 containerRuntimeEndpoint: unix://%s
-authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
-authorization: {mode: AlwaysAllow}
+authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: %q}}
+authorization: {mode: Webhook}
 makeIPTablesUtilChains: false
 oomScoreAdj: 0
 failSwapOn: false
@@ -254,7 +254,7 @@ volumePluginDir: %q
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: 100Mi, nodefs.available: "1%%", imagefs.available: "1%%"}
-`, r.Cgroup, containerd, r.path("podlogs"), r.path("plugins")))
+`, r.Cgroup, containerd, r.cluster.KubeletClientCA(), r.path("podlogs"), r.path("plugins")))
 	p := r.start(filepath.Join(bin, kube.Kubelet),
 		"--config="+config, "--kubeconfig="+r.cluster.NodeKubeconfig(r), "--root-dir="+r.path("kubelet"),
 		"--cert-dir="+r.path("kubelet-pki"), "--hostname-override="+nodeName, "--node-ip="+nodeIP)
