@@ -122,7 +122,7 @@ func (b *bucket) get(key string) []byte {
 func TestEvidenceReachesTheBucket(t *testing.T) {
 	w, b := newWorld(t), newBucket(t)
 	s := program.New(t, program.Options{
-		Bin: program.Build(t), Node: w.node, Kubeconfig: w.account.Kubeconfig,
+		Bin: program.Build(t), Node: w.node, Kubeconfig: w.account.Kubeconfig, Mode: "enforce",
 		Rules: `
 mode: enforce
 rules:

@@ -101,7 +101,9 @@ func (b *Bucket) String() string {
 func (b *Bucket) Put(ctx context.Context, key string, o evidence.Object) error {
 	opts := minio.PutObjectOptions{
 		ContentType: "application/octet-stream", UserMetadata: map[string]string{"sha256": o.SHA256},
-		SendContentMd5: true, DisableMultipart: true,
+		// The signature covers the MD5, and the MD5 the content: signing it in chunks
+		// too adds nothing, and over http sends an empty file without its length.
+		SendContentMd5: true, DisableContentSha256: true, DisableMultipart: true,
 	}
 	if o.JSON {
 		opts.ContentType = "application/json"

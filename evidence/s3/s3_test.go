@@ -74,6 +74,8 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method != http.MethodPut:
 		s.t.Errorf("asked for %s %s", r.Method, r.URL)
 		refuse(http.StatusForbidden, "AccessDenied")
+	case r.ContentLength < 0:
+		refuse(http.StatusLengthRequired, "MissingContentLength")
 	case !s.signed(r):
 		refuse(http.StatusForbidden, "SignatureDoesNotMatch")
 	case r.Header.Get("Content-Md5") != base64.StdEncoding.EncodeToString(sum[:]):
@@ -134,15 +136,19 @@ func (s *service) signed(r *http.Request) bool {
 
 // config reaches the service.
 func (s *service) config() Config {
-	ca := filepath.Join(s.t.TempDir(), "ca.pem")
-	b := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.http.Certificate().Raw})
-	if err := os.WriteFile(ca, b, 0o600); err != nil {
-		s.t.Fatal(err)
-	}
-	return Config{
-		Endpoint: s.http.URL, Bucket: "evidence", Prefix: "cluster/a b", Region: "eu-test-1", CA: ca,
+	c := Config{
+		Endpoint: s.http.URL, Bucket: "evidence", Prefix: "cluster/a b", Region: "eu-test-1",
 		Keys: func() (string, string, string, error) { return access, secret, "", nil },
 	}
+	if s.http.Certificate() == nil {
+		return c
+	}
+	c.CA = filepath.Join(s.t.TempDir(), "ca.pem")
+	b := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.http.Certificate().Raw})
+	if err := os.WriteFile(c.CA, b, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return c
 }
 
 func bucket(t *testing.T, c Config) *Bucket {
@@ -173,8 +179,19 @@ func put(t *testing.T, b *Bucket, key, content string) error {
 }
 
 func TestPut(t *testing.T) {
-	s := newService(t)
-	b := bucket(t, s.config())
+	t.Run("https", func(t *testing.T) { testPut(t, newService(t)) })
+	t.Run("http", func(t *testing.T) {
+		s := newService(t)
+		s.http.Close()
+		s.http = httptest.NewServer(s)
+		t.Cleanup(s.http.Close)
+		testPut(t, s)
+	})
+}
+
+func testPut(t *testing.T, s *service) {
+	c := s.config()
+	b := bucket(t, c)
 	big := strings.Repeat("0123456789abcdef", 3<<20) // 48 MiB: three parts, if it were sent in parts
 	for key, content := range map[string]string{
 		"node/s1/main.log": "one line\n", "node/s1/empty": "", "node/s1/%2Fproc%2F1+x": "x", "node/s1/manifest.json": "{}", "node/s1/big": big,
