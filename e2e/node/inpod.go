@@ -78,6 +78,7 @@ func (m *measuring) inPod(s *suspect) {
 	m.checkpoint(s)
 	m.debug(s)
 	m.execFrozen(s)
+	m.logs()
 	m.note("In the suspect's container `exec-in-pod` ran a command with the alert's values as its variables, and what Falco would say of that command started nothing, while the same command by the attacker's shell did; `capture-files` read files and `capture-packets` recorded the shell's talk from the node; `debug-pod` added a container that sees the suspect's processes; the kubelet let stoop ask for a checkpoint, which this container runtime can't make.")
 }
 

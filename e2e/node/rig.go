@@ -85,7 +85,7 @@ func startRig(t harness.T, s settings) *rig {
 	}
 	r.stoop = program.Start(r, program.Options{
 		Bin: s.Stoop, Node: nodeName, Kubeconfig: r.cluster.Account(r, rbac).Kubeconfig,
-		Mode: "enforce", Rules: rules + r.inPodRules(), Config: program.NoLimits,
+		Mode: "enforce", Rules: rules + captureRules + r.inPodRules(), Config: program.NoLimits,
 	})
 	return r
 }
