@@ -57,6 +57,8 @@ func (c *nodeCordoner) Act(ctx context.Context, r *Request) (Result, error) {
 	done := Result{Reason: fmt.Sprintf("node %s cordoned", node.Name), Undo: undo, TTL: ttl}
 	all := notes(node.Annotations)
 	switch by := stepsWith(all, noteCordon); {
+	case !node.Spec.Unschedulable && all[rec.Step] == noteCordon:
+		return Result{}, c.acts.lifted(ctx, rec, "uncordoned")
 	case !node.Spec.Unschedulable:
 	case all[rec.Step] == noteCordon:
 		return done, nil // by an earlier try of this very step

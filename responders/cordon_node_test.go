@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"stoop/broker"
 	"stoop/responders"
 )
 
@@ -64,6 +65,14 @@ func TestCordonNodeLeavesWhatAPersonDid(t *testing.T) {
 		s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = false })
 		if u := s.undo("cordon-node", "s2", res); !u.Nothing || len(s.now().Annotations) > 0 {
 			t.Errorf("undo: %+v", u)
+		}
+	})
+	t.Run("uncordoned before a further try of the step", func(t *testing.T) {
+		s.must("cordon-node", "s4", "")
+		s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = false })
+		_, err := s.act(t.Context(), "cordon-node", "s4", "")
+		if status, _, _, reason := responders.Classify(err); status != broker.Refused || s.now().Spec.Unschedulable || len(s.now().Annotations) > 0 {
+			t.Errorf("status %s (%s), the node is %+v", status, reason, s.now())
 		}
 	})
 	t.Run("uncordoned and cordoned since, with the note taken off", func(t *testing.T) {

@@ -28,7 +28,8 @@ func drainNode() Entry {
 		Notes: `As kubectl drain does it. First the node is cordoned, then each pod is evicted over the
 eviction API, by its UID. A pod that its PodDisruptionBudget keeps is asked for again
 every 5 s until the step's deadline; then the step fails and names those that are
-left, while the node stays cordoned and undo can uncordon it. The step ends when the
+left, while the node stays cordoned and undo can uncordon it. Uncordoning the node ends
+a drain under way, and so do stoop undo and stoop pause. The step ends when the
 pods have ended, or at its deadline: of those that are still ending by then the reason
 tells. A chain that has more to do waits for it.
 
@@ -141,9 +142,11 @@ func (d *nodeDrainer) Act(ctx context.Context, r *Request) (Result, error) {
 	}
 	_, noted := notes(node.Annotations)[rec.Step]
 	switch {
+	case noted && !node.Spec.Unschedulable:
+		return fail(d.acts.lifted(ctx, rec, "uncordoned"))
 	case noted:
 		// An earlier try of this very step had begun, or had done it all.
-		if node.Spec.Unschedulable && len(pods.evict) == 0 && len(pods.blocked) == 0 {
+		if len(pods.evict) == 0 && len(pods.blocked) == 0 {
 			return run.done(pods, undo, ttl), nil
 		}
 	case len(pods.blocked) > 0:
@@ -159,7 +162,7 @@ func (d *nodeDrainer) Act(ctx context.Context, r *Request) (Result, error) {
 			return err
 		}
 		cordoned = true
-		pods, err := run.evictAll(ctx)
+		pods, err := run.evictAll(ctx, r, rec)
 		if err == nil {
 			res = run.done(pods, undo, ttl)
 		}
@@ -178,13 +181,16 @@ func (d *nodeDrainer) Act(ctx context.Context, r *Request) (Result, error) {
 
 // evictAll evicts until there is nothing more to evict, or to wait for, or the
 // deadline is over. It returns the pods of the node as they were last.
-func (d *drain) evictAll(ctx context.Context) (*nodePods, error) {
+func (d *drain) evictAll(ctx context.Context, r *Request, rec nodeRecord) (*nodePods, error) {
 	within, cancel := context.WithTimeout(ctx, time.Duration(d.params.Deadline))
 	defer cancel()
 	tick := time.NewTicker(drainLook)
 	defer tick.Stop()
 	var pods *nodePods
 	for over := false; !over; {
+		if err := d.goOn(within, r, rec); err != nil {
+			return nil, err
+		}
 		now, err := d.pods(within)
 		if err == nil {
 			pods = now
@@ -220,6 +226,22 @@ func (d *drain) evictAll(ctx context.Context) (*nodePods, error) {
 		return nil, ctx.Err()
 	}
 	return nil, d.undone(pods)
+}
+
+// goOn says that a drain under way has to end: a person has paused stoop, or put
+// the node back in service.
+func (d *drain) goOn(ctx context.Context, r *Request, rec nodeRecord) error {
+	if why := r.Paused(); why != "" {
+		return Retry(fmt.Errorf("ended in the middle: %s", why), 0)
+	}
+	node, err := d.acts.get(ctx)
+	if err != nil {
+		return nil // the list of pods tells
+	}
+	if _, noted := notes(node.Annotations)[rec.Step]; !noted || !node.Spec.Unschedulable {
+		return d.acts.lifted(ctx, rec, "uncordoned")
+	}
+	return nil
 }
 
 // mayGo reports whether a pod may yet be evicted.

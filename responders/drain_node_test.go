@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -317,6 +318,79 @@ func TestDrainNodeCutOff(t *testing.T) {
 	}
 	if s.undo("drain-node", "s1", res); s.now().Spec.Unschedulable {
 		t.Error("the node is cordoned")
+	}
+}
+
+// A person who puts the node back in service, or takes the step back, ends it.
+func TestDrainNodeThatIsTakenBack(t *testing.T) {
+	for name, back := range map[string]func(s *nodeStoop){
+		"uncordoned": func(s *nodeStoop) { s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = false }) },
+		"undone, of a node that was cordoned": func(s *nodeStoop) {
+			s.undo("drain-node", "s1", responders.Result{Undo: fmt.Appendf(nil, `{"node":"a","uid":%q,"step":"s1"}`, s.now().UID)})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, "a")
+			f.kubelet("a")
+			f.budget(1)
+			f.pod("a", "web-0", ofReplicaSet)
+			f.pod("a", "web-1", ofReplicaSet)
+			s, ended := f.stoop("a", nil), make(chan error, 1)
+			if name != "uncordoned" {
+				s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = true })
+			}
+			go func() {
+				_, err := responders.NewDrain(s.env, time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
+				ended <- err
+			}()
+			until(t, "one is evicted", func() bool { return len(f.ends("web-0", "web-1")) == 1 })
+			back(s)
+			err := <-ended
+			if status, _, _, reason := responders.Classify(err); status != broker.Refused || !strings.Contains(reason, "somebody has uncordoned") {
+				t.Errorf("status %s (%s)", status, reason)
+			}
+			if got := f.ends("web-0", "web-1"); len(got) != 1 || len(s.now().Annotations) > 0 || holder(f.lease()) != "" {
+				t.Errorf("evicted were %v, the node is %+v", got, s.now())
+			}
+		})
+	}
+}
+
+// A pause of stoop ends it, and a later try goes on with it.
+func TestDrainNodeThatIsPaused(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "a")
+	f.kubelet("a")
+	f.budget(1)
+	f.pod("a", "web-0", ofReplicaSet)
+	f.pod("a", "web-1", ofReplicaSet)
+	s, ended := f.stoop("a", nil), make(chan error, 1)
+	var paused atomic.Bool
+	req := s.request("drain-node", "s1", "deadline: 30s")
+	req.SetPaused(func() string {
+		if paused.Load() {
+			return "paused by somebody"
+		}
+		return ""
+	})
+	drain := responders.NewDrain(s.env, time.Second)
+	go func() {
+		_, err := drain.Act(t.Context(), req)
+		ended <- err
+	}()
+	until(t, "one is evicted", func() bool { return len(f.ends("web-0", "web-1")) == 1 })
+	paused.Store(true)
+	if _, retry, _, reason := responders.Classify(<-ended); !retry || !strings.Contains(reason, "paused by somebody") || holder(f.lease()) != "" {
+		t.Errorf("retry %t (%s)", retry, reason)
+	}
+	if got := f.ends("web-0", "web-1"); len(got) != 1 || !s.now().Spec.Unschedulable {
+		t.Errorf("evicted were %v", got)
+	}
+	paused.Store(false)
+	f.budget(1)
+	if _, err := drain.Act(t.Context(), req); err != nil || len(f.ends("web-0", "web-1")) != 2 {
+		t.Errorf("error %v, evicted were %v", err, f.ends("web-0", "web-1"))
 	}
 }
 

@@ -67,3 +67,6 @@ func (f *Fleet) Left() int {
 	defer f.mu.Unlock()
 	return f.left(true)
 }
+
+// SetPaused has r say that stoop is paused.
+func (r *Request) SetPaused(why func() string) { r.paused = why }

@@ -474,6 +474,7 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 		failpoint.Hit("host.after-intent")
 	}
 	req.Intended = h.undos.record(s.ID)
+	req.paused = func() string { return h.paused(s) }
 	req.intend = func(undo json.RawMessage, ttl time.Duration) {
 		if err := h.undos.add(context.WithoutCancel(ctx), s, &r.Entry, Result{Undo: undo, TTL: ttl}, true); err != nil {
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)

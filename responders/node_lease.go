@@ -128,7 +128,7 @@ var errNodeLease = errors.New("the lease " + nodeLeaseName + " was lost, so the 
 func (a *nodeActs) hold(ctx context.Context, act func(context.Context) error) error {
 	turn := &a.kube.nodeTurn
 	if !turn.taken.TryLock() {
-		return Retry(errors.New("another step of this node's is taking it out of service"), time.Second)
+		return Retry(errors.New("another step of this node's is taking it out of service"), leaseBusy)
 	}
 	defer turn.taken.Unlock()
 	l, err := a.acquire(ctx)
@@ -141,8 +141,8 @@ func (a *nodeActs) hold(ctx context.Context, act func(context.Context) error) er
 	if err = a.room(actCtx); err == nil {
 		err = act(actCtx)
 	}
-	if errors.Is(context.Cause(actCtx), errNodeLease) && err != nil {
-		err = Retry(fmt.Errorf("%w (%w)", errNodeLease, err), 0)
+	if err != nil && errors.Is(context.Cause(actCtx), errNodeLease) {
+		err = Retry(errNodeLease, 0)
 	}
 	cancel(nil)
 	a.release(ctx, <-renewed)
@@ -402,6 +402,21 @@ func (a *nodeActs) get(ctx context.Context) (*corev1.Node, error) {
 		return nil, fmt.Errorf("get node %s: %w", a.node, err)
 	}
 	return node, nil
+}
+
+// lifted is why a step does not do again what somebody has taken back since it
+// began. Its note is of no use any more.
+func (a *nodeActs) lifted(ctx context.Context, rec nodeRecord, what string) error {
+	_, err := a.change(ctx, rec.Node, rec.UID, func(node *corev1.Node) (*nodeChange, error) {
+		if _, ok := notes(node.Annotations)[rec.Step]; !ok {
+			return nil, nil
+		}
+		return &nodeChange{notes: map[string]*string{notePrefix + rec.Step: nil}}, nil
+	})
+	if err != nil {
+		return err
+	}
+	return Refuse("somebody has %s node %s since this step began: it is left so", what, rec.Node)
 }
 
 // nodeChange is a merge patch: the annotations to set (nil: take off), and what

@@ -195,6 +195,16 @@ type Request struct {
 	// Intended is what that run, or an earlier try, gave to [Request.Intend].
 	Intended json.RawMessage
 	intend   func(undo json.RawMessage, ttl time.Duration)
+	paused   func() string
+}
+
+// Paused is why nothing may be done any more, or "": for an act that takes so long
+// that a person may pause stoop in the middle.
+func (r *Request) Paused() string {
+	if r.paused == nil {
+		return ""
+	}
+	return r.paused()
 }
 
 // Intend stores what taking the step back will need before it is done. It is for

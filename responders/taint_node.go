@@ -3,6 +3,7 @@ package responders
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -83,6 +84,9 @@ func (p taintNodeParams) taint() corev1.Taint {
 	return corev1.Taint{Key: p.Key, Value: p.Value, Effect: corev1.TaintEffect(p.Effect)}
 }
 
+// errLifted says that somebody has taken the taint off again.
+var errLifted = errors.New("somebody has taken the taint off")
+
 type nodeTainter struct {
 	acts nodeActs
 	self Self
@@ -116,6 +120,8 @@ func (t *nodeTainter) Act(ctx context.Context, r *Request) (Result, error) {
 	look := func(node *corev1.Node) (there bool, res Result, err error) {
 		have := taintOf(node, taint)
 		switch by := stepsWith(notes(node.Annotations), noteTaint+name); {
+		case have == nil && notes(node.Annotations)[rec.Step] == noteTaint+name:
+			return true, Result{}, errLifted
 		case have == nil:
 			return false, Result{}, nil
 		case have.Value != taint.Value:
@@ -127,13 +133,16 @@ func (t *nodeTainter) Act(ctx context.Context, r *Request) (Result, error) {
 		}
 		return true, Result{Nothing: true, Reason: fmt.Sprintf("node %s is tainted with %s already, not by stoop", node.Name, name)}, nil
 	}
-	if there, res, err := look(node); there {
+	there, res, err := look(node)
+	switch {
+	case errors.Is(err, errLifted):
+		return fail(t.acts.lifted(ctx, rec, "taken it off"))
+	case there:
 		return res, err
 	}
 	if err := t.spareSelf(ctx, taint); err != nil {
 		return fail(err)
 	}
-	res := done
 	act := func(ctx context.Context) error {
 		r.Intend(undo, ttl)
 		_, err := t.acts.change(ctx, rec.Node, rec.UID, func(now *corev1.Node) (*nodeChange, error) {

@@ -135,6 +135,17 @@ func TestUntaintOfWhatOthersChanged(t *testing.T) {
 	}
 }
 
+func TestTaintNodeThatWasTakenOff(t *testing.T) {
+	f := newFleet(t, "a")
+	s := f.stoop("a", nil)
+	s.must("taint-node", "s1", "")
+	s.edit(func(n *corev1.Node) { n.Spec.Taints = nil })
+	_, err := s.act(t.Context(), "taint-node", "s1", "")
+	if status, _, _, reason := responders.Classify(err); status != broker.Refused || len(s.taints()) > 0 || len(s.now().Annotations) > 0 {
+		t.Errorf("status %s (%s), the node is %+v", status, reason, s.now())
+	}
+}
+
 // Stoop does not end itself: it could not take that back.
 func TestTaintNodeSparesStoop(t *testing.T) {
 	for _, tc := range []struct {
