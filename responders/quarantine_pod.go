@@ -58,24 +58,40 @@ Undo puts the labels back that are still as the step left them, and then lifts t
 isolation. The pod serves again. Its controller may take it back, has one pod too many
 then, and deletes one, perhaps this one; it surely does after a rollout, since the
 ReplicaSet of an older revision wants no pods at all. Look into it before you undo.`,
-		Params: param.Describe(isolatePodDefaults()),
-		RBAC: append(isolatePod().RBAC,
-			rbacv1.PolicyRule{APIGroups: []string{"apps"}, Resources: []string{"replicasets", "daemonsets"}, Verbs: []string{"get"}},
-			rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}},
-		),
+		Params:   param.Describe(isolatePodDefaults()),
+		RBAC:     quarantinePodGrants(nil),
+		Grants:   quarantinePodGrants,
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 20 * time.Second,
 		Instead:  "isolate-pod",
 		New: func(env Env) Responder {
-			return &podQuarantiner{kube: env.Kube, isolator: &podIsolator{env.Kube}, labels: &metadataSetter{kube: env.Kube, field: labelsField, on: PodObject}}
+			return &podQuarantiner{
+				kube: env.Kube, isolator: isolatePod().New(env).(isolator),
+				labels: &metadataSetter{kube: env.Kube, field: labelsField, on: PodObject},
+			}
 		},
 	}
 }
 
+// quarantinePodGrants are those of the isolation, and of what comes after it.
+func quarantinePodGrants(params json.RawMessage) []rbacv1.PolicyRule {
+	isolate := isolatePod()
+	return append(isolate.permissions(params),
+		rbacv1.PolicyRule{APIGroups: []string{"apps"}, Resources: []string{"replicasets", "daemonsets"}, Verbs: []string{"get"}},
+		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}})
+}
+
+// isolator is what isolate-pod is made of.
+type isolator interface {
+	Responder
+	Checker
+	Undoer
+}
+
 type podQuarantiner struct {
 	kube     *Kube
-	isolator *podIsolator
+	isolator isolator
 	labels   *metadataSetter
 }
 

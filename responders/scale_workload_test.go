@@ -175,7 +175,7 @@ func TestScaleWorkloadUndo(t *testing.T) {
 		if u := m.undo("s1", res); u.Nothing || m.replicas() != 5 {
 			t.Errorf("it has %d: %+v", m.replicas(), u)
 		}
-		if u := m.undo("s1", res); !u.Nothing || m.replicas() != 5 {
+		if u := m.undo("s1", res); !u.Nothing || m.replicas() != 5 || !strings.Contains(u.Reason, "already") {
 			t.Errorf("again: it has %d: %+v", m.replicas(), u)
 		}
 	})
