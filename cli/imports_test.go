@@ -28,7 +28,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		"broker/brokertest":      {"broker"},
 		"pipe":                   {"alert", "broker"},
 		"rules":                  {"alert", "broker", "param"},
-		"convert":                {"alert", "param", "rules"},
+		"convert":                {"alert", "broker", "param", "rules"},
 		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
 		"router":                 {"alert", "broker", "rules"},

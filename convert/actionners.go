@@ -9,6 +9,7 @@ import (
 
 	"gopkg.in/yaml.v3"
 
+	"stoop/broker"
 	"stoop/param"
 )
 
@@ -66,11 +67,13 @@ func actionners() []actionner {
 		{
 			name: "kubernetes:tcpdump", responder: "capture-packets", ends: true, params: []string{"duration", "snaplen", "image"},
 			convert: func(c *step) {
-				c.seconds("duration", "duration")
-				if n := c.get("snaplen"); n != nil && c.takes("snaplen") {
-					c.set("snaplen", n)
-				} else if n != nil {
-					c.note("snaplen is left out: it means nothing here.")
+				if n := c.get("duration"); n == nil || n.Value == "0" {
+					c.set("duration", bare(c.action.node, "5s")) // Talon's default
+				} else {
+					c.seconds("duration", "duration")
+				}
+				if c.get("snaplen") != nil {
+					c.note("snaplen is left out: packets are kept whole, up to maxSize in all.")
 				}
 				if c.get("image") != nil {
 					c.note("image is left out: stoop puts no container into the pod for this.")
@@ -86,7 +89,8 @@ func actionners() []actionner {
 					"replicasets.apps", "statefulsets.apps", "roles.rbac.authorization.k8s.io", "clusterroles.rbac.authorization.k8s.io",
 				}))
 				c.set("verbs", texts(c.action.node, []string{"create", "update", "patch"}))
-				c.note("The kinds are all that Talon deletes: leave those that are meant. stoop waits until somebody approves, unless approve: false stands here.")
+				c.note("The kinds are all that Talon deletes: leave those that are meant. stoop deletes only what the request of the alert has just made or changed (Falco has to write " +
+					"the fields for that: see docs/responders.md), and waits until somebody approves, unless approve: false stands here.")
 			},
 		},
 		{
@@ -162,7 +166,8 @@ func (t *talon) step(a *talonAction) *yaml.Node {
 		return nil
 	}
 	if len(t.all) == before {
-		_, wrong := t.catalog[c.kind.responder].Check(c.params)
+		raw, wrong := t.catalog[c.kind.responder].Check(c.params)
+		t.meant = append(t.meant, broker.Action{Responder: c.kind.responder, Params: raw})
 		for _, p := range wrong {
 			at := p.Node
 			if at == nil || at.Line == 0 {
@@ -410,6 +415,7 @@ func drain(c *step) {
 			c.note("%s is left out: a drain that leaves pods has failed, and the chain goes on even so.", name)
 		}
 	}
+	c.note("A node with pods that have no controller, or an emptyDir volume, is not drained unless force, or deleteEmptyDirData, is set here.")
 	c.note("The node is cordoned first, one node of the cluster at a time, and stoop waits until somebody approves, unless approve: false stands here.")
 }
 

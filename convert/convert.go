@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 
 	"gopkg.in/yaml.v3"
 
@@ -75,6 +76,8 @@ func (p *problems) read(i int) []*yaml.Node {
 		p.all = append(p.all, ps...)
 	case err != nil:
 		p.all = append(p.all, rules.Problem{File: f.Name, Line: 1, Column: 1, Message: err.Error()})
+	case root == nil:
+		p.all = append(p.all, rules.At(f.Name, f.Src, 1, 1, "there is nothing in this file"))
 	default:
 		p.number(root, i, map[*yaml.Node]bool{})
 		if param.Resolve(root).Kind == yaml.SequenceNode {
@@ -112,11 +115,19 @@ func (p *problems) number(n *yaml.Node, file int, seen map[*yaml.Node]bool) {
 
 func scalar(from *yaml.Node, value string) *yaml.Node {
 	n := &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: value}
-	if strings.Contains(value, "\n") {
+	switch strings.ToLower(value) {
+	case "yes", "no", "on", "off", "y", "n": // which YAML once took for true and false
+		n.Style = yaml.DoubleQuotedStyle
+	}
+	// A text of several lines is easier to read as one, where YAML can hold it so.
+	if strings.Contains(value, "\n") && value == strings.TrimLeft(value, " \t\n") && !strings.ContainsFunc(value, notPlain) {
 		n.Style = yaml.LiteralStyle
 	}
 	return place(n, from)
 }
+
+// notPlain is what YAML escapes.
+func notPlain(r rune) bool { return r != '\n' && !unicode.IsPrint(r) }
 
 // bare is a number, true or false.
 func bare(from *yaml.Node, value string) *yaml.Node {

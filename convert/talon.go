@@ -12,6 +12,7 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"stoop/alert"
+	"stoop/broker"
 	"stoop/param"
 	"stoop/rules"
 )
@@ -31,10 +32,31 @@ func Talon(files []File, catalog rules.Catalog) ([]byte, error) {
 	if len(t.rules) == 0 {
 		return nil, fmt.Errorf("there is no rule in %s: a rule begins with \"- rule:\"", files[0].Name)
 	}
-	if _, err := rules.Parse("what came of it", out, catalog); err != nil {
+	if err := t.proved(out); err != nil {
 		return nil, fmt.Errorf("the converted rules are wrong, which is a mistake of stoop's; please tell its developers:\n%w", err)
 	}
 	return out, nil
+}
+
+// proved reads what was written, and compares each step with what was meant.
+func (t *talon) proved(out []byte) error {
+	written, err := rules.Parse("rules.yaml", out, t.catalog)
+	if err != nil {
+		return err
+	}
+	var steps []broker.Action
+	for _, r := range written.Rules {
+		steps = append(steps, r.Actions...)
+	}
+	for i, s := range steps {
+		if i >= len(t.meant) || s.Responder != t.meant[i].Responder || !bytes.Equal(s.Params, t.meant[i].Params) {
+			return fmt.Errorf("step %d (%s %s) is not what was meant", i+1, s.Responder, s.Params)
+		}
+	}
+	if len(steps) != len(t.meant) {
+		return fmt.Errorf("there are %d steps and not %d", len(steps), len(t.meant))
+	}
+	return nil
 }
 
 // talon is one conversion.
@@ -43,6 +65,7 @@ type talon struct {
 	catalog rules.Catalog
 	actions []*talonAction
 	rules   []*talonRule
+	meant   []broker.Action // every step that is written
 }
 
 // talonAction is a block "- action:", or an entry of a rule's actions.
@@ -609,6 +632,9 @@ func (c condition) where() string {
 	return s
 }
 
+// exponent is a number of more than a million as Talon writes it.
+var exponent = regexp.MustCompile(`^[0-9.]+e\+[0-9]{2}$`)
+
 var fieldForm = regexp.MustCompile(`^[A-Za-z0-9_.\[\]-]+$`)
 
 // fielded writes the fields into match and except, or returns what where has to
@@ -702,6 +728,10 @@ func (t *talon) condition(r *talonRule, n *yaml.Node, part string) (condition, b
 		not = false
 	}
 	value = strings.ReplaceAll(value, `"`, "")
+	if f, err := strconv.ParseFloat(value, 64); err == nil && exponent.MatchString(value) {
+		// Talon writes large numbers so; Falco, and stoop, write their digits.
+		value = strconv.FormatFloat(f, 'f', -1, 64)
+	}
 	switch {
 	case !ok || !fieldForm.MatchString(field):
 		t.refuse(n, "%s is no condition such as k8s.ns.name=shop or k8s.ns.name!=shop (a comma begins the next one)", param.Cut(part))
@@ -759,6 +789,7 @@ func (t *talon) tell(r *talonRule, actions *yaml.Node) {
 			r.notes = append(r.notes, fmt.Sprintf("Talon tells of each action by its notifier %s: %s.", name, what))
 			continue
 		}
+		t.meant = append(t.meant, broker.Action{Responder: responder})
 		n := scalar(at, responder)
 		if responder == "slack" {
 			n.HeadComment = comment("Talon's notifier tells of each action, this once of all of them. The webhook's address is read from SLACK_WEBHOOK_URL.")

@@ -30,9 +30,12 @@ func Settings(file string, src []byte, d *param.Description) (json.RawMessage, e
 }
 
 // Document reads YAML of others in the way that rules are read: one document, not
-// too large, and what is wrong with it as [Problems].
+// too large, and what is wrong with it as [Problems]. It is nil where there is none.
 func Document(file string, src []byte) (*yaml.Node, error) {
 	p := &parser{file: file}
+	if blank(src) {
+		return nil, nil
+	}
 	root := p.document(src)
 	if len(p.problems) > 0 {
 		return nil, Problems(tidy(p.problems))
