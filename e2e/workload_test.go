@@ -24,8 +24,8 @@ import (
 	"stoop/responders"
 )
 
-// ruleOf is a rules file with one rule that answers every Critical alert with one step.
-func ruleOf(step string) string {
+// answerWith is a rules file with one rule that answers every Critical alert with one step.
+func answerWith(step string) string {
 	return "mode: enforce\nrules:\n  - name: answer\n    match: {priority: critical}\n    actions:\n      - " + step + "\n"
 }
 
@@ -61,7 +61,7 @@ func (w *world) asked(t *testing.T, verb, resource string) map[string]int {
 func TestEvict(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	s := w.stoop(t, ruleOf("evict-pod"))
+	s := w.stoop(t, answerWith("evict-pod"))
 	budgets := w.Client.PolicyV1().PodDisruptionBudgets(w.ns)
 	allow := func(t *testing.T, name string, n int32) {
 		t.Helper()
@@ -147,7 +147,7 @@ func TestBurstOnOneWorkload(t *testing.T) {
 		t.Run(responder, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			o := w.options(ruleOf(c.step))
+			o := w.options(answerWith(c.step))
 			o.Config = installed
 			s := program.Start(t, o)
 			pods := w.Deployment(t, w.ns, "shop", w.node, 10)
@@ -227,7 +227,7 @@ func TestAnswersThatDoNotHelp(t *testing.T) {
 	t.Run("restart-workload", func(t *testing.T) {
 		t.Parallel()
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("restart-workload"))
+		s := w.stoop(t, answerWith("restart-workload"))
 		pod := w.Deployment(t, w.ns, "loop", w.node, 1)[0]
 		for n := range 2 {
 			wantStatus(t, stepOf(t, s, "restart-workload", pod), broker.Done)
@@ -244,7 +244,7 @@ func TestAnswersThatDoNotHelp(t *testing.T) {
 	t.Run("scale-workload", func(t *testing.T) {
 		t.Parallel()
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("scale-workload"))
+		s := w.stoop(t, answerWith("scale-workload"))
 		pod := w.Deployment(t, w.ns, "loop", w.node, 2)[0]
 		for range 2 {
 			wantStatus(t, stepOf(t, s, "scale-workload", pod), broker.Done)
@@ -265,7 +265,7 @@ func TestAnswersThatDoNotHelp(t *testing.T) {
 	t.Run("quarantine-pod", func(t *testing.T) {
 		t.Parallel()
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("quarantine-pod"))
+		s := w.stoop(t, answerWith("quarantine-pod"))
 		pods := w.Deployment(t, w.ns, "loop", w.node, 3)
 		for _, pod := range pods[:2] {
 			wantStatus(t, stepOf(t, s, "quarantine-pod", pod), broker.Done)
@@ -292,7 +292,7 @@ func TestScale(t *testing.T) {
 
 	t.Run("an autoscaler is named, and undo sets back", func(t *testing.T) {
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("scale-workload"))
+		s := w.stoop(t, answerWith("scale-workload"))
 		pod := w.Deployment(t, w.ns, "shop", w.node, 3)[0]
 		_, err := w.Client.AutoscalingV2().HorizontalPodAutoscalers(w.ns).Create(t.Context(), &autoscalingv2.HorizontalPodAutoscaler{
 			ObjectMeta: metav1.ObjectMeta{Name: "by-load"},
@@ -316,7 +316,7 @@ func TestScale(t *testing.T) {
 	})
 	t.Run("no way out of the namespace", func(t *testing.T) {
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("scale-workload"))
+		s := w.stoop(t, answerWith("scale-workload"))
 		other := w.Namespace(t, kube.Name("ns"))
 		w.Deployment(t, other, "victim", w.node, 2)
 		victim, err := w.Client.AppsV1().Deployments(other).Get(t.Context(), "victim", metav1.GetOptions{})
@@ -333,7 +333,7 @@ func TestScale(t *testing.T) {
 	})
 	t.Run("what has no scale is refused, with no permission for it", func(t *testing.T) {
 		w := newWorld(t)
-		s := w.stoop(t, ruleOf("scale-workload"))
+		s := w.stoop(t, answerWith("scale-workload"))
 		template := corev1.PodTemplateSpec{
 			ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "job"}},
 			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "main", Image: "registry.invalid/e2e:1"}}},
@@ -380,7 +380,7 @@ func testScaleCustom(t *testing.T) {
 				"spec":{"type":"object","properties":{"size":{"type":"integer"}}},
 				"status":{"type":"object","properties":{"size":{"type":"integer"}}}}}}}]}}`, group, group))
 	w := worldIn(t, shared.cluster, slices.Concat(responders.BaseRBAC(), entry.Grants(raw)))
-	s := w.stoop(t, ruleOf("scale-workload: {replicas: 1, resources: [shops."+group+"]}"))
+	s := w.stoop(t, answerWith("scale-workload: {replicas: 1, resources: [shops."+group+"]}"))
 
 	shops := func(name string) []string {
 		return []string{"/apis", group, "v1alpha1", "namespaces", w.ns, "shops", name}
@@ -441,7 +441,7 @@ func testScaleCustom(t *testing.T) {
 func TestQuarantine(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	s := w.stoop(t, ruleOf("quarantine-pod"))
+	s := w.stoop(t, answerWith("quarantine-pod"))
 	_, err := w.Client.CoreV1().Services(w.ns).Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "shop"},
 		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "shop"}, Ports: []corev1.ServicePort{{Port: 80}}},
