@@ -46,8 +46,9 @@ create takes it. Of a Secret that is the secret. It can't be undone by stoop. Wh
 owns goes with it, and one with finalizers goes when these are done.
 
 Never deleted, whatever is listed: what is in a protected namespace, or is one; what is in
-stoop's own namespace; roles and bindings that stoop's own service account has; mirror pods
-and those of a priority class system-*. For a pod that raised an alert itself use delete-pod.
+stoop's own namespace; roles and bindings that stoop's own service account has, and the
+policies that stoop rbac prints for it; mirror pods and those of a priority class system-*.
+For a pod that raised an alert itself use delete-pod.
 
 It needs get and delete on the kinds listed, and to delete roles also list on the bindings.`,
 		Params:   param.Describe(deleteResourceDefaults()),
@@ -225,15 +226,18 @@ func (d *resourceDeleter) spare(ctx context.Context, kind schema.GroupResource, 
 		if class, _, _ := unstructured.NestedString(o.Object, "spec", "priorityClassName"); strings.HasPrefix(class, "system-") {
 			return Refuse("priority class %s is protected", class)
 		}
-	case name == "" || kind.Group != rbacv1.GroupName:
+	case name == "":
+	case kind.Group == "admissionregistration.k8s.io" && strings.HasPrefix(o.GetName(), Account{namespace, name}.objects()+ownNode):
+		return Refuse("stoop itself needs it: it ties its token to its node")
+	case kind.Group != rbacv1.GroupName:
 	case isRole(kind):
-		return d.spareRole(ctx, kind, o, namespace, name)
+		return d.spareRole(ctx, kind, o)
 	default:
 		var b rbacv1.ClusterRoleBinding // a RoleBinding has the same fields
 		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &b); err != nil {
 			return Refuse("it can't be read: %v", err)
 		}
-		if slices.ContainsFunc(b.Subjects, func(s rbacv1.Subject) bool { return isAccount(s, namespace, name) }) {
+		if slices.ContainsFunc(b.Subjects, d.self.isSubject) {
 			return Refuse("stoop itself needs it: it binds its service account")
 		}
 	}
@@ -241,11 +245,11 @@ func (d *resourceDeleter) spare(ctx context.Context, kind schema.GroupResource, 
 }
 
 // spareRole refuses a role that is bound to stoop's own service account.
-func (d *resourceDeleter) spareRole(ctx context.Context, kind schema.GroupResource, role *unstructured.Unstructured, namespace, name string) error {
+func (d *resourceDeleter) spareRole(ctx context.Context, kind schema.GroupResource, role *unstructured.Unstructured) error {
 	for _, resource := range bindingsOf(kind) {
 		err := d.kube.eachBinding(ctx, resource, role.GetNamespace(), func(b *binding) error {
 			if b.RoleRef.Kind == role.GetKind() && b.RoleRef.Name == role.GetName() &&
-				slices.ContainsFunc(b.Subjects, func(s rbacv1.Subject) bool { return isAccount(s, namespace, name) }) {
+				slices.ContainsFunc(b.Subjects, d.self.isSubject) {
 				return Refuse("stoop itself needs it: %s binds it to stoop's service account", b)
 			}
 			return nil

@@ -210,3 +210,10 @@ func isAccount(s rbacv1.Subject, namespace, name string) bool {
 	}
 	return false
 }
+
+// isSubject reports whether a subject of a binding is stoop itself, by its account or
+// as one of its namespace.
+func (s Self) isSubject(b rbacv1.Subject) bool {
+	namespace, name := s.account()
+	return name != "" && (isAccount(b, namespace, name) || b.Kind == rbacv1.GroupKind && b.Name == "system:serviceaccounts:"+namespace)
+}

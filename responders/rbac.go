@@ -311,6 +311,9 @@ func yamlList(s []string) string {
 	return "[" + strings.Join(q, ", ") + "]"
 }
 
+// ownNode is in the name of a policy, between the account's and what it ties.
+const ownNode = "-own-node-"
+
 // writePolicies prints what RBAC can't say: of the token's own node only.
 func (p *Permissions) writePolicies(b *strings.Builder, a Account) {
 	type tied struct{ what, does, resources, operations, own, says string }
@@ -354,7 +357,7 @@ func (p *Permissions) writePolicies(b *strings.Builder, a Account) {
 	}
 	loose = append(loose, "reading pods, and objects of other kinds")
 	for _, t := range policies {
-		name := a.objects() + "-own-node-" + t.what
+		name := a.objects() + ownNode + t.what
 		about := "Ties stoop's token, which is bound to a pod, to that pod's node: a token that is stolen from one node can't " + t.does + " of another. Needs Kubernetes 1.32."
 		if t.what == "pods" {
 			about += " What admission does not tell the node of can't be tied: " + strings.Join(loose, "; ") + "."

@@ -461,10 +461,9 @@ func (a *accessRevoker) ofPod(ctx context.Context, r *Request, params revokeAcce
 	return list, append(notes, groups...), nil
 }
 
-// revoke takes the bindings away: first those that others share, for which stoop
-// most likely lacks the right, so that a step that can't do all does nothing.
+// revoke takes the bindings away. One that can't be is no reason to leave the others:
+// then the step has failed, and what it did can be taken back.
 func (a *accessRevoker) revoke(ctx context.Context, r *Request, params revokeAccessParams, list []revocable, rec revocation, again []revoked, notes []string) (Result, error) {
-	slices.SortStableFunc(list, func(x, y revocable) int { return min(len(y.stay), 1) - min(len(x.stay), 1) })
 	done := slices.Clone(rec.Revoked)
 	var objects []*unstructured.Unstructured
 	for i := range list {
