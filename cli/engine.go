@@ -371,6 +371,13 @@ func (e *engine) setRules(ctx context.Context, s *rules.Set) {
 	e.router.SetRules(s)
 }
 
+// undoable reports whether a step could be taken back, or whether nobody knows just
+// now.
+func (e *engine) undoable(step string) bool {
+	g := e.current.Load()
+	return g == nil || g.host.Undoable(step)
+}
+
 // idle reports whether nothing is left to be done, and how many steps wait.
 func (e *engine) idle() (bool, int64) {
 	g := e.current.Load()

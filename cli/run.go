@@ -168,9 +168,11 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		return err
 	}
 
+	var e *engine
 	store, err := evidence.Open(evidence.Config{
 		Dir: evidenceDir(c.Data), Size: int64(c.Evidence.Size), PerTarget: c.Evidence.PerTarget,
-		Age: time.Duration(c.Evidence.Age), Bucket: bucket, Node: nodeName, Log: log, Registerer: reg,
+		Age: time.Duration(c.Evidence.Age), Needed: func(step string) bool { return e.undoable(step) },
+		Bucket: bucket, Node: nodeName, Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return err
@@ -186,7 +188,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	}
 	r := router.New(log, reg)
 	r.SetRules(set)
-	e := &engine{
+	e = &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
 		host: responders.Config{
 			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Fleet: fleet, Tell: told.tell,

@@ -33,6 +33,9 @@ type Config struct {
 	// Age is how old a case gets, from its end, before [Store.Run] takes it away;
 	// 0: as old as it likes.
 	Age time.Duration
+	// Needed reports whether taking a step back would need its case, which then
+	// stays however old it is; nil: none is needed.
+	Needed func(step string) bool
 	// Bucket is where [Store.Run] copies every finished case to; nil: nowhere.
 	// Then a case is only taken away when the bucket has it.
 	Bucket Bucket

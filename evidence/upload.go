@@ -331,6 +331,9 @@ func (s *Store) retain(now time.Time) {
 	removed := 0
 	var errs []error
 	for _, step := range old {
+		if s.cfg.Needed != nil && s.cfg.Needed(step) {
+			continue
+		}
 		if err := s.Remove(step); err != nil {
 			errs = append(errs, err)
 			continue

@@ -312,7 +312,8 @@ func TestWhatIsTooOldIsTakenAway(t *testing.T) {
 	first := open(t, Config{Dir: dir})
 	begin(t, first, about("unfinished"))
 	first.Close()
-	s := open(t, Config{Dir: dir, Age: time.Hour, PerTarget: 4})
+	needed := "s2"
+	s := open(t, Config{Dir: dir, Age: time.Hour, PerTarget: 4, Needed: func(step string) bool { return step == needed }})
 	keep(t, s, "s1", "x")
 	keep(t, s, "s2", "x")
 	c := begin(t, s, about("open"))
@@ -320,6 +321,9 @@ func TestWhatIsTooOldIsTakenAway(t *testing.T) {
 	if cases, err := s.Cases(); err != nil || len(cases) != 4 {
 		t.Errorf("kept are %+v, %v", cases, err)
 	}
+	s.retain(time.Now().Add(61 * time.Minute))
+	verified(t, s, "s2") // to be undone, perhaps
+	needed = ""
 	s.retain(time.Now().Add(61 * time.Minute))
 	cases, err := s.Cases()
 	if err != nil || len(cases) != 1 || cases[0].Step != "open" || s.Used() != onDisk(t, dir) {

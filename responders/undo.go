@@ -226,6 +226,9 @@ func (h *Host) Undo(ctx context.Context, id, actor string) (broker.Outcome, erro
 	return o, err
 }
 
+// Undoable reports whether a step could be taken back.
+func (h *Host) Undoable(id string) bool { return h.undos.record(id) != nil }
+
 // recordFailed records that a step could not be taken back.
 func (h *Host) recordFailed(o broker.Outcome, err error) {
 	if err != nil && (o.Status == broker.Failed || o.Status == broker.Retrying) {

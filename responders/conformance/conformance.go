@@ -359,9 +359,15 @@ func Run(t *testing.T, c Case) {
 			h := r.start()
 			s := r.step()
 			r.want(s, broker.Done)
+			if !h.Undoable(s.ID) {
+				t.Error("what it was done with may be taken away: the step does not count as one that can be undone")
+			}
 			o, err := h.Undo(t.Context(), s.ID, "test")
 			if err != nil || o.Status != broker.Undone {
 				t.Fatalf("undo: status %s (%s), error %v", o.Status, o.Reason, err)
+			}
+			if h.Undoable(s.ID) {
+				t.Error("after it was undone, the step counts as one that can be")
 			}
 			r.undone()
 			if o, err = h.Undo(t.Context(), s.ID, "test"); err != nil || o.Status != broker.Nothing {
