@@ -78,7 +78,8 @@ func newInPod(t *testing.T, wrap func(http.RoundTripper) http.RoundTripper) *inP
 	return p
 }
 
-// setContainer is the kubelet's word that the suspect container has another id.
+// setContainer is the kubelet's word that the suspect container has another id. What
+// acts knows the pod as it was.
 func (p *inPod) setContainer(id string) {
 	p.t.Helper()
 	pod := p.pod.DeepCopy()
@@ -92,7 +93,9 @@ func (p *inPod) setContainer(id string) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.pod = now
+	if len(p.pod.Status.ContainerStatuses) == 0 {
+		p.pod = now
+	}
 }
 
 func (p *inPod) onExec(run func(c conformance.Command, stdout, stderr io.Writer) int) {
@@ -299,8 +302,9 @@ func TestExecInPodInAnotherContainer(t *testing.T) {
 
 	p.setContainer(podContainer)
 	pod := p.pod.DeepCopy()
+	pod.ResourceVersion = ""
 	pod.Status.ContainerStatuses[1].State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
-	if p.pod, err = p.server.Admin().CoreV1().Pods("shop").UpdateStatus(t.Context(), pod, metav1.UpdateOptions{}); err != nil {
+	if _, err = p.server.Admin().CoreV1().Pods("shop").UpdateStatus(t.Context(), pod, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	ran := len(p.commands())
