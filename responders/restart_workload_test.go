@@ -173,6 +173,14 @@ func TestRestartWorkload(t *testing.T) {
 		if res := m.act("s1", ""); res.Found["controller"] != `"Shop web"` || !strings.Contains(res.Reason, "may take that back") {
 			t.Errorf("%+v", res)
 		}
+		// One that could be read is not: it takes no permission.
+		m.changeDeployment(func(d *appsv1.Deployment) {
+			d.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "ConfigMap", Name: "web", UID: "1", Controller: new(true)}}
+			d.Spec.Template.Annotations = nil
+		})
+		if res := m.act("s2", ""); res.Found["controller"] != `"ConfigMap web"` {
+			t.Errorf("%+v", res)
+		}
 	})
 }
 
@@ -191,6 +199,15 @@ func TestRestartWorkloadRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 		m.wantNot(`"Rollout web", which`, broker.Refused)
+		rs, err := m.admin.AppsV1().ReplicaSets("shop").Get(t.Context(), rs.Name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		rs.OwnerReferences[0].APIVersion, rs.OwnerReferences[0].Kind = "v1", "ConfigMap" // which is served, and not read
+		if _, err := m.admin.AppsV1().ReplicaSets("shop").Update(t.Context(), rs, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		m.wantNot(`"ConfigMap web", which`, broker.Refused)
 	})
 	t.Run("a replica set alone", func(t *testing.T) {
 		m := newMember(t, "restart-workload")

@@ -153,6 +153,27 @@ func TestScaleWorkload(t *testing.T) {
 			}
 		}
 	})
+	t.Run("a second try knows how many there were", func(t *testing.T) {
+		m := newMember(t, "scale-workload")
+		d, _ := m.deployment(5)
+		r := m.request("s1", "")
+		var intended json.RawMessage
+		responders.OnIntend(r, func(undo json.RawMessage) { intended = undo })
+		if _, err := m.Act(t.Context(), r); err != nil || intended == nil {
+			t.Fatalf("intended %s, error %v", intended, err)
+		}
+		for record, known := range map[string]bool{
+			string(intended): true,
+			strings.Replace(string(intended), string(d.UID), "another", 1): false,
+			strings.Replace(string(intended), `"to":0`, `"to":1`, 1):       false,
+		} {
+			r := m.request("s1", "")
+			r.Resumed, r.Intended = true, json.RawMessage(record)
+			if res, err := m.Act(t.Context(), r); err != nil || res.Nothing == known || known && string(res.Undo) != record {
+				t.Errorf("with %s: %+v, %v", record, res, err)
+			}
+		}
+	})
 	t.Run("changed in between", func(t *testing.T) {
 		m := newMember(t, "scale-workload")
 		m.deployment(5)
