@@ -115,13 +115,45 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 	fail := func(err error) (Result, error) {
 		return Result{}, fmt.Errorf("quarantine pod %s/%s: %w", r.Pod.Namespace, r.Pod.Name, err)
 	}
+	// What an earlier try of this step did nothing tells any more.
+	var before quarantine
+	if json.Unmarshal(r.Intended, &before) != nil || before.Labels.UID != r.Pod.UID {
+		before = quarantine{}
+	}
 	result, err := q.isolator.Act(ctx, r)
 	if err != nil {
 		return Result{}, err
 	}
+	of := metadataOf{Namespace: r.Pod.Namespace, Pod: r.Pod.Name, UID: r.Pod.UID}
+	rec := quarantine{Isolation: result.Undo, Labels: metadataSet{metadataOf: of, Changes: map[string]metadataChange{}}}
+	ttl := time.Duration(params.TTL)
+	switch {
+	case rec.Isolation == nil:
+		rec.Isolation = before.Isolation
+	case before.Isolation == nil:
+		before.Isolation, before.Labels.metadataOf = rec.Isolation, of
+		undo, err := json.Marshal(before)
+		if err != nil {
+			return fail(err)
+		}
+		// It stands from here on, also where the labels never come off.
+		r.Intend(undo, ttl)
+	}
+	fail = func(err error) (Result, error) {
+		err = fmt.Errorf("quarantine pod %s/%s: it is isolated, but keeps its labels: %w", r.Pod.Namespace, r.Pod.Name, err)
+		if as[*refusal](err) { // a step that is refused has done nothing
+			err = errors.New(err.Error())
+		}
+		return q.withUndo(Result{Found: result.Found, TTL: ttl}, rec, err)
+	}
 	pod, err := sameNow(ctx, q.kube, r.Pod)
 	if err != nil {
 		return fail(err)
+	}
+	for name, c := range before.Labels.Changes {
+		if valueOf(pod.Labels, name) == nil && c.To == nil && c.From != nil {
+			rec.Labels.Changes[name] = c
+		}
 	}
 	if pod.Labels[labelIsolated] != string(pod.UID) {
 		return fail(Retry(errors.New("the isolation was lifted in the same moment"), 0))
@@ -129,18 +161,6 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 	selectors, only, err := q.selectorsOf(ctx, pod)
 	if err != nil {
 		return fail(err)
-	}
-	rec := quarantine{Isolation: result.Undo, Labels: metadataSet{
-		metadataOf: metadataOf{Namespace: pod.Namespace, Pod: pod.Name, UID: pod.UID}, Changes: map[string]metadataChange{},
-	}}
-	// What an earlier try of this step took off nothing tells any more.
-	var before quarantine
-	if json.Unmarshal(r.Intended, &before) == nil && before.Labels.UID == pod.UID {
-		for name, c := range before.Labels.Changes {
-			if valueOf(pod.Labels, name) == nil && c.To == nil && c.From != nil {
-				rec.Labels.Changes[name] = c
-			}
-		}
 	}
 	set, left := map[string]*string{}, maps.Clone(pod.Labels)
 	var from, stuck []string
@@ -158,7 +178,7 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 	}
 	if len(set) == 0 && len(rec.Labels.Changes) == 0 {
 		result.Reason += "; " + cmp.Or(only, "no Service and no controller selects the pod, so it keeps its labels")
-		return q.withUndo(result, rec, fail)
+		return q.withUndo(result, rec, nil)
 	}
 	if len(set) > 0 {
 		undo, err := json.Marshal(rec)
@@ -166,14 +186,14 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 			return fail(err)
 		}
 		// Afterwards the pod does not tell what was there before.
-		r.Intend(undo, time.Duration(params.TTL))
+		r.Intend(undo, ttl)
 		lost, lostErr := q.policiesLost(ctx, pod, left)
 		if err := q.labels.patch(ctx, rec.Labels.metadataOf, pod.ResourceVersion, set); err != nil {
 			return fail(fmt.Errorf("take labels off: %w", err))
 		}
 		q.tellLost(lost, lostErr, &result)
 	}
-	result.Nothing, result.TTL = false, time.Duration(params.TTL)
+	result.Nothing, result.TTL = false, ttl
 	result.Found["labels"] = names(rec.Labels.Changes)
 	result.Reason += "; labels taken off: " + result.Found["labels"]
 	if len(from) > 0 {
@@ -183,20 +203,21 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 	if len(stuck) > 0 {
 		result.Reason += "; but these select it even so: " + strings.Join(stuck, ", ")
 	}
-	return q.withUndo(result, rec, fail)
+	return q.withUndo(result, rec, nil)
 }
 
-// withUndo gives the result the record of what this step did.
-func (q *podQuarantiner) withUndo(result Result, rec quarantine, fail func(error) (Result, error)) (Result, error) {
+// withUndo gives the result the record of what this step did, also where the rest of
+// it failed.
+func (q *podQuarantiner) withUndo(result Result, rec quarantine, failed error) (Result, error) {
 	if rec.Isolation == nil && len(rec.Labels.Changes) == 0 {
-		return result, nil // both were so already
+		return result, failed // both were so already
 	}
 	undo, err := json.Marshal(rec)
 	if err != nil {
-		return fail(err)
+		return Result{}, errors.Join(failed, err)
 	}
 	result.Undo = undo
-	return result, nil
+	return result, failed
 }
 
 // podSelector is what selects the pod, and who by it.

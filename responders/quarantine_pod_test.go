@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -298,6 +299,41 @@ func TestQuarantinePodUndo(t *testing.T) {
 			t.Errorf("%+v, %v", u, err)
 		}
 		m.wantLabels(map[string]string{"app": "web", "pod-template-hash": "7d4"})
+	})
+	// Neither is lost what stands already when the rest fails, or its ttl would never
+	// lift it.
+	t.Run("isolated, and then it failed", func(t *testing.T) {
+		m := newMember(t, "quarantine-pod")
+		m.server.Forbid(t, "list", "", "services")
+		r := m.request("s1", "ttl: 1h")
+		var intended json.RawMessage
+		responders.OnIntend(r, func(undo json.RawMessage) { intended = undo })
+		res, err := m.Act(t.Context(), r)
+		if status, _, _, _ := responders.Classify(err); status != broker.Failed || res.Undo == nil || res.TTL != time.Hour {
+			t.Fatalf("%+v, %v", res, err)
+		}
+		m.wantLabels(m.isolated(map[string]string{"app": "web"}))
+		for name, record := range map[string]json.RawMessage{"intended": intended, "returned": res.Undo} {
+			if _, err := m.Responder.(responders.Undoer).Undo(t.Context(), &responders.UndoRequest{ID: "s1", Record: record}); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			m.wantLabels(map[string]string{"app": "web"})
+		}
+		if p := m.policies(); len(p) > 0 {
+			t.Errorf("policies %v", p)
+		}
+	})
+	t.Run("a selector that can't be read", func(t *testing.T) {
+		m := newMember(t, "quarantine-pod")
+		_, rs := m.deployment(3)
+		rs.Spec.Selector.MatchExpressions = []metav1.LabelSelectorRequirement{{Key: "app", Operator: "Near"}}
+		if _, err := m.admin.AppsV1().ReplicaSets("shop").Update(t.Context(), rs, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		res, err := m.Act(t.Context(), m.request("s1", ""))
+		if status, _, _, _ := responders.Classify(err); status != broker.Failed || res.Undo == nil {
+			t.Errorf("status %s: %+v, %v", status, res, err)
+		}
 	})
 	t.Run("quarantined already", func(t *testing.T) {
 		m, _ := begin(t)
