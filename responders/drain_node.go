@@ -71,8 +71,6 @@ const (
 	// the node is looked at every drainLook.
 	evictAgain = 5 * time.Second
 	drainLook  = time.Second
-	// evictWithin bounds one request.
-	evictWithin = 10 * time.Second
 )
 
 type drainNodeParams struct {
@@ -209,9 +207,7 @@ func (d *drain) evictAll(ctx context.Context, r *Request, rec nodeRecord) (*node
 	}
 	if within.Err() != nil && ctx.Err() == nil {
 		// What was asked for last may have been done without an answer.
-		last, cancel := context.WithTimeout(ctx, evictWithin)
-		defer cancel()
-		if now, err := d.pods(last); err == nil {
+		if now, err := d.pods(ctx); err == nil {
 			pods = now
 		}
 	}
@@ -257,7 +253,7 @@ func (d *drain) evictThese(ctx context.Context, pods *nodePods) {
 		if t := d.tries[pod.UID]; ctx.Err() != nil || t != nil && (t.again.IsZero() || time.Now().Before(t.again)) {
 			return false
 		}
-		one, cancel := context.WithTimeout(ctx, evictWithin)
+		one, cancel := context.WithTimeout(ctx, d.acts.answer)
 		err := evict(one, d.acts.kube, pod, nil)
 		cancel()
 		name := pod.Namespace + "/" + pod.Name
@@ -282,7 +278,9 @@ func (d *drain) evictThese(ctx context.Context, pods *nodePods) {
 
 // pods are those of the node, as they are now.
 func (d *drain) pods(ctx context.Context) (*nodePods, error) {
-	list, err := d.acts.kube.Pods(metav1.NamespaceAll).List(ctx, metav1.ListOptions{
+	one, cancel := context.WithTimeout(ctx, d.acts.answer)
+	defer cancel()
+	list, err := d.acts.kube.Pods(metav1.NamespaceAll).List(one, metav1.ListOptions{
 		FieldSelector: fields.OneTermEqualSelector("spec.nodeName", d.acts.node).String(),
 	})
 	if err != nil {

@@ -211,6 +211,29 @@ func TestDrainNodeWithABudget(t *testing.T) {
 			t.Error("the node is cordoned")
 		}
 	})
+	t.Run("that allows it later", func(t *testing.T) {
+		t.Parallel()
+		f := newFleet(t, "a")
+		f.kubelet("a")
+		f.budget(0)
+		f.pod("a", "web-0", ofReplicaSet)
+		var asked atomic.Int64
+		s := f.stoop("a", func(r *http.Request) {
+			if strings.HasSuffix(r.URL.Path, "/eviction") {
+				asked.Add(1)
+			}
+		})
+		ended := make(chan error, 1)
+		go func() {
+			_, err := responders.NewDrain(s.env, time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
+			ended <- err
+		}()
+		until(t, "it was asked for twice", func() bool { return asked.Load() > 1 })
+		f.budget(1)
+		if err := <-ended; err != nil || len(f.ends("web-0")) != 1 {
+			t.Errorf("error %v", err)
+		}
+	})
 	t.Run("that allows one at a time", func(t *testing.T) {
 		t.Parallel()
 		f := newFleet(t, "a")
@@ -279,6 +302,34 @@ func TestDrainNodeThatMayNotEvict(t *testing.T) {
 	}
 	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("it took %s", took)
+	}
+}
+
+// A request that hangs is given up long before the step's deadline is over.
+func TestDrainNodeWhoseRequestsHang(t *testing.T) {
+	for _, path := range []string{"GET /api/v1/nodes/a", "GET /api/v1/pods", "GET /api/v1/nodes", "GET /apis/coordination.k8s.io/v1/namespaces/default/leases/stoop-node-acts", "PUT /apis/coordination.k8s.io/v1/namespaces/default/leases/stoop-node-acts", "PATCH /api/v1/nodes/a"} {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, "a")
+			f.kubelet("a")
+			f.pod("a", "web-0", ofReplicaSet)
+			var hung atomic.Bool
+			s := f.stoop("a", func(r *http.Request) {
+				if r.Method+" "+r.URL.Path == path && hung.CompareAndSwap(false, true) {
+					<-r.Context().Done()
+				}
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			drain, req := responders.NewDrain(s.env, 5*time.Millisecond), s.request("drain-node", "s1", "deadline: 1h")
+			_, err := drain.Act(ctx, req)
+			if _, retry, _, reason := responders.Classify(err); !retry || !strings.Contains(reason, "deadline exceeded") || !hung.Load() {
+				t.Errorf("retry %t (%s)", retry, reason)
+			}
+			if _, err := responders.NewDrain(s.env, time.Second).Act(ctx, req); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

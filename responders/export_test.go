@@ -43,11 +43,11 @@ func Render(body string, alert []byte) ([]byte, error) {
 // CheckBody says what is wrong with a body of a webhook-call.
 func CheckBody(body string) error { return new(template).UnmarshalText([]byte(body)) }
 
-// NewDrain is the responder drain-node, which renews the Lease after every beat and
-// asks for pods again as soon as it looks.
+// NewDrain is the responder drain-node, which renews the Lease after every beat, waits
+// twenty of them for an answer, and asks for pods again as soon as it looks.
 func NewDrain(env Env, beat time.Duration) Responder {
 	d := drainNode().New(env).(*nodeDrainer)
-	d.acts.beat, d.again = beat, 0
+	d.acts.beat, d.acts.answer, d.again = beat, 20*beat, 0
 	return d
 }
 

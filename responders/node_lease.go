@@ -42,8 +42,8 @@ const (
 	leaseBeat = 5 * time.Second
 	// leaseBusy is about when a step asks again whose Lease another node holds.
 	leaseBusy = 5 * time.Second
-	// leaseAnswer bounds a request of the Lease's own.
-	leaseAnswer = 5 * time.Second
+	// nodeAnswer bounds one request: an act may have much longer.
+	nodeAnswer = 10 * time.Second
 	// nodesPage is how many nodes are asked for at once.
 	nodesPage = 250
 	// nodeTries is how often a change of the node is tried that others change at
@@ -85,11 +85,12 @@ type nodeActs struct {
 	node      string
 	namespace string // of the Lease
 	beat      time.Duration
+	answer    time.Duration
 	log       *slog.Logger
 }
 
 func newNodeActs(env Env) nodeActs {
-	a := nodeActs{kube: env.Kube, node: env.Node, namespace: env.Self.Namespace, beat: leaseBeat, log: env.Log}
+	a := nodeActs{kube: env.Kube, node: env.Node, namespace: env.Self.Namespace, beat: leaseBeat, answer: nodeAnswer, log: env.Log}
 	if a.namespace == "" {
 		a.namespace = metav1.NamespaceDefault
 	}
@@ -168,10 +169,12 @@ func (a *nodeActs) outOfService(ctx context.Context) (all int, out []string, err
 	var noted []string
 	for next := ""; ; {
 		// Only what is noted on them, and all of it as it is now.
+		one, cancel := context.WithTimeout(ctx, a.answer)
 		body, err := a.kube.core.Get().Resource("nodes").
 			SetHeader("Accept", "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1").
 			VersionedParams(&metav1.ListOptions{Limit: nodesPage, Continue: next}, a.kube.params).
-			Do(ctx).Raw()
+			Do(one).Raw()
+		cancel()
 		if err != nil {
 			return 0, nil, fmt.Errorf("list the nodes: %w", err)
 		}
@@ -201,11 +204,11 @@ func (a *nodeActs) outOfService(ctx context.Context) (all int, out []string, err
 	}
 	// Somebody may have put one back in service by hand, and left the note.
 	for _, name := range noted {
-		node, err := a.kube.Nodes().Get(ctx, name, metav1.GetOptions{})
+		node, err := a.ask(ctx, name)
 		switch {
 		case apierrors.IsNotFound(err):
 		case err != nil:
-			return 0, nil, fmt.Errorf("get node %s: %w", name, err)
+			return 0, nil, err
 		case slices.ContainsFunc(slices.Collect(maps.Values(notes(node.Annotations))), func(note string) bool { return inForce(node, note) }):
 			out = append(out, name)
 		}
@@ -264,17 +267,19 @@ func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
 	fail := func(err error) (*nodeLease, error) {
 		return nil, fmt.Errorf("take the lease %s/%s: %w", a.namespace, nodeLeaseName, err)
 	}
-	object, err := a.leases().Get(ctx, nodeLeaseName, metav1.GetOptions{})
+	answer, cancel := context.WithTimeout(ctx, a.answer)
+	defer cancel()
+	object, err := a.leases().Get(answer, nodeLeaseName, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		// Held by nobody at first: so a right that is missing is found out before
 		// anything is done.
-		object, err = a.leases().Create(ctx, &unstructured.Unstructured{Object: map[string]any{
+		object, err = a.leases().Create(answer, &unstructured.Unstructured{Object: map[string]any{
 			"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
 			"metadata": map[string]any{"name": nodeLeaseName, "labels": map[string]any{labelManagedBy: managedBy}},
 			"spec":     map[string]any{},
 		}}, metav1.CreateOptions{})
 		if apierrors.IsAlreadyExists(err) {
-			object, err = a.leases().Get(ctx, nodeLeaseName, metav1.GetOptions{})
+			object, err = a.leases().Get(answer, nodeLeaseName, metav1.GetOptions{})
 		}
 	}
 	if err != nil {
@@ -308,7 +313,7 @@ func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
 	}
 	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = a.node, max(1, int32(3*a.beat/time.Second))
 	// A conflict is another node that was faster.
-	if err := a.write(ctx, l); err != nil {
+	if err := a.write(answer, l); err != nil {
 		return fail(err)
 	}
 	return l, nil
@@ -379,7 +384,7 @@ func (a *nodeActs) release(ctx context.Context, l *nodeLease) {
 	if l == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseAnswer)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.answer)
 	defer cancel()
 	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = "", 1
 	if err := a.write(ctx, l); err != nil {
@@ -394,12 +399,20 @@ func noSuchNode(name string) error {
 
 // get is this stoop's node, as it is now.
 func (a *nodeActs) get(ctx context.Context) (*corev1.Node, error) {
-	node, err := a.kube.Nodes().Get(ctx, a.node, metav1.GetOptions{})
-	switch {
-	case apierrors.IsNotFound(err):
+	node, err := a.ask(ctx, a.node)
+	if apierrors.IsNotFound(err) {
 		return nil, noSuchNode(a.node)
-	case err != nil:
-		return nil, fmt.Errorf("get node %s: %w", a.node, err)
+	}
+	return node, err
+}
+
+// ask asks once for a node.
+func (a *nodeActs) ask(ctx context.Context, name string) (*corev1.Node, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.answer)
+	defer cancel()
+	node, err := a.kube.Nodes().Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("get node %s: %w", name, err)
 	}
 	return node, nil
 }
@@ -432,12 +445,12 @@ type nodeChange struct {
 // is then.
 func (a *nodeActs) change(ctx context.Context, name string, uid types.UID, want func(*corev1.Node) (*nodeChange, error)) (*corev1.Node, error) {
 	for try := 1; ; try++ {
-		node, err := a.kube.Nodes().Get(ctx, name, metav1.GetOptions{})
+		node, err := a.ask(ctx, name)
 		switch {
 		case apierrors.IsNotFound(err), err == nil && node.UID != uid:
 			return nil, fmt.Errorf("node %s: %w", name, ErrGone)
 		case err != nil:
-			return nil, fmt.Errorf("get node %s: %w", name, err)
+			return nil, err
 		}
 		c, err := want(node)
 		if err != nil || c == nil {
@@ -451,7 +464,9 @@ func (a *nodeActs) change(ctx context.Context, name string, uid types.UID, want 
 		if err != nil {
 			return nil, err
 		}
-		now, err := a.kube.Nodes().Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: managedBy})
+		one, cancel := context.WithTimeout(ctx, a.answer)
+		now, err := a.kube.Nodes().Patch(one, name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: managedBy})
+		cancel()
 		switch {
 		case err == nil:
 			return now, nil

@@ -253,11 +253,11 @@ func TestNodeActsNameThoseThatAreOut(t *testing.T) {
 	refused("taint-node", "effect: NoSchedule")
 	// This one keeps no pod off.
 	soft := b.must("taint-node", "s3", "effect: PreferNoSchedule")
-	b.undo("taint-node", "s3", soft)
 	// The node's own steps don't count against it.
 	if res := a.must("taint-node", "s4", "effect: NoExecute"); res.Nothing {
 		t.Errorf("result %+v", res)
 	}
+	b.undo("taint-node", "s3", soft)
 	refused("cordon-node", "")
 	a.undo("cordon-node", "s1", done)
 	refused("cordon-node", "") // the taint is still there

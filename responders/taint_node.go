@@ -174,6 +174,8 @@ func (t *nodeTainter) spareSelf(ctx context.Context, taint corev1.Taint) error {
 	if taint.Effect != corev1.TaintEffectNoExecute || t.self.Pod == "" {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, t.acts.answer)
+	defer cancel()
 	pod, err := t.acts.kube.Pods(t.self.Namespace).Get(ctx, t.self.Pod, metav1.GetOptions{})
 	if err != nil {
 		return fmt.Errorf("look whether stoop's own pod tolerates it: %w", err)
