@@ -166,6 +166,13 @@ func TestQuarantinePod(t *testing.T) {
 		m.act("s1", "")
 		m.wantLabels(m.isolated(map[string]string{"app": "web", "pod-template-hash": "7d4"}))
 	})
+	t.Run("a controller that does not select it any more", func(t *testing.T) {
+		m := newMember(t, "quarantine-pod")
+		m.deployment(3)
+		m.relabel(map[string]string{"pod-template-hash": "another"})
+		m.act("s1", "")
+		m.wantLabels(m.isolated(map[string]string{"app": "web", "pod-template-hash": "another"}))
+	})
 	// Whoever may make Services can't have the isolation taken off.
 	t.Run("a service that selects stoop's label", func(t *testing.T) {
 		m := newMember(t, "quarantine-pod")
