@@ -103,6 +103,7 @@ func signals() (context.Context, func()) {
 }
 
 func (p *program) root() *cobra.Command {
+	var asked bool
 	root := &cobra.Command{
 		Use:   "stoop",
 		Short: "Answer Falco's alerts in milliseconds",
@@ -112,7 +113,6 @@ evidence, deletes or isolates the pod, tells people. A person may have to
 approve a step first, and can take one back. It begins in audit mode, in
 which it only says what it would do.`,
 		Example:      "  stoop check --rules rules.yaml\n  stoop run --rules rules.yaml --pipe /run/stoop/falco.pipe\n  stoop tail",
-		Version:      version(),
 		SilenceUsage: true, SilenceErrors: true,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -120,13 +120,20 @@ which it only says what it would do.`,
 			}
 			return nil
 		},
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if asked {
+				return p.printVersion()
+			}
+			return cmd.Help()
+		},
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage("%v (%s --help says more)", err, cmd.CommandPath())
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.SetVersionTemplate("stoop {{.Version}}\n")
+	// Not cobra's: its templates take methods by name, and the linker would have to
+	// keep every exported one, 12 MB of them.
+	root.Flags().BoolVar(&asked, "version", false, "print the version")
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
 		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.evidenceCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.versionCommand(), p.convertCommand(),

@@ -170,9 +170,11 @@ func (p *program) respondersJSON(entries []responders.Entry, here *node.Node) er
 func (p *program) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Long: "Prints the version.", Example: "  stoop version", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Fprintf(p.stdout, "stoop %s\n", version())
-			return err
-		},
+		RunE: func(*cobra.Command, []string) error { return p.printVersion() },
 	}
+}
+
+func (p *program) printVersion() error {
+	_, err := fmt.Fprintf(p.stdout, "stoop %s\n", version())
+	return err
 }
