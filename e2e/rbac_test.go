@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -21,8 +22,11 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"stoop/alert"
+	"stoop/broker"
 	"stoop/e2e/harness"
 	"stoop/e2e/kube"
+	"stoop/responders"
 )
 
 // printed is what stoop rbac prints for rules and a service account.
@@ -194,4 +198,67 @@ func (a *printedAccount) on(t harness.T, node string) *rest.Config {
 		a.nodes[node] = shared.cluster.OnNode(t, a.name, node)
 	}
 	return a.nodes[node]
+}
+
+// Without the verb bind nobody may take a subject out of a binding or give a right
+// back, as the API server sees it; what bind lists is enough.
+func TestRevokeAccessNeedsBind(t *testing.T) {
+	c := shared.cluster
+	for _, bind := range []bool{false, true} {
+		t.Run(fmt.Sprintf("bind %t", bind), func(t *testing.T) {
+			params := `{"from":"pod","namespaces":"own"}`
+			if bind {
+				params = `{"from":"pod","namespaces":"own","bind":["ClusterRole/cluster-admin"]}`
+			}
+			ns, node := c.Namespace(t, kube.Name("ns")), c.Node(t)
+			account := accountFor(t, "rules:\n"+ruleOf(t, "revoke", "revoke-access", params))
+			client, err := responders.NewKube(account.on(t, node))
+			if err != nil {
+				t.Fatal(err)
+			}
+			web := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: ns, Name: "default"}
+			mallory := rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: "mallory"}
+			bindings := c.Client.RbacV1().RoleBindings(ns)
+			for name, subjects := range map[string][]rbacv1.Subject{"shared": {mallory, web}, "alone": {web}} {
+				_, err := bindings.Create(t.Context(), &rbacv1.RoleBinding{
+					ObjectMeta: metav1.ObjectMeta{Name: name},
+					RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "cluster-admin"}, Subjects: subjects,
+				}, metav1.CreateOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			entries := responders.All()
+			entry := entries[slices.IndexFunc(entries, func(e responders.Entry) bool { return e.Name == "revoke-access" })]
+			r := entry.New(responders.Env{Kube: client})
+			res, err := r.Act(t.Context(), &responders.Request{
+				Step:  &broker.Step{ID: "s", Action: broker.Action{Responder: "revoke-access", Params: json.RawMessage(params)}},
+				Alert: &alert.Alert{}, Pod: c.Pod(t, ns, "web-0", node, nil),
+			})
+			const says = "without the verb bind"
+			if bind != (err == nil) || !bind && !strings.Contains(err.Error(), says) && !strings.Contains(err.Error(), `cannot patch`) {
+				t.Errorf("revoke: %+v, error %v", res, err)
+			}
+			alone, err := bindings.Get(t.Context(), "alone", metav1.GetOptions{})
+			if !apierrors.IsNotFound(err) {
+				t.Errorf("the binding of the account alone is %+v, %v", alone, err)
+			}
+			shared, err := bindings.Get(t.Context(), "shared", metav1.GetOptions{})
+			if err != nil || bind != (len(shared.Subjects) == 1) {
+				t.Errorf("the shared binding is %+v, %v", shared, err)
+			}
+			_, err = r.(responders.Undoer).Undo(t.Context(), &responders.UndoRequest{ID: "s", Record: res.Undo})
+			if bind != (err == nil) {
+				t.Errorf("undo: %v", err)
+			}
+			if bind {
+				return
+			}
+			// As if somebody had given it create and patch by hand, and forgotten bind.
+			c.Allow(t, account.name, []rbacv1.PolicyRule{{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"rolebindings"}, Verbs: []string{"create", "patch"}}})
+			if _, err = r.(responders.Undoer).Undo(t.Context(), &responders.UndoRequest{ID: "s", Record: res.Undo}); err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("undo without bind: %v", err)
+			}
+		})
+	}
 }

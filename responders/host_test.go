@@ -520,6 +520,23 @@ func TestABreakerTellsPeopleAndEvidenceGoesOn(t *testing.T) {
 	}
 }
 
+// A step that failed in part is taken back for that part.
+func TestUndoOfAStepThatFailedInPart(t *testing.T) {
+	s := &stub{do: func(int, *Request) (Result, error) {
+		return Result{Undo: jsonRaw(`{"was":"so"}`)}, errors.New("the rest can't be done")
+	}}
+	s.undo = func(*UndoRequest) (Result, error) { return Result{}, nil }
+	b := newBench(t, brokertest.New(t), entry("one", Harm, s)).start()
+	step := b.step("one")
+	b.publish(step)
+	if got := b.outcomes(1); got[0].Status != broker.Failed || !got[0].Undo || got[0].Reason != "the rest can't be done" {
+		t.Errorf("the outcome is %+v", got[0])
+	}
+	if o, err := b.host.Undo(t.Context(), step.ID, "somebody"); err != nil || o.Status != broker.Undone {
+		t.Errorf("undo: %+v, %v", o, err)
+	}
+}
+
 func TestUndoAndTTL(t *testing.T) {
 	dir := t.TempDir()
 	store := brokertest.Open(t, broker.Config{Dir: dir})

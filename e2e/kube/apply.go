@@ -145,3 +145,10 @@ func ClientOf(t harness.T, config *rest.Config) *kubernetes.Clientset {
 	}
 	return client
 }
+
+// Allow gives a service account more, in the whole cluster.
+func (c *Cluster) Allow(t harness.T, account string, rules []rbacv1.PolicyRule) {
+	t.Helper()
+	a := &Account{name: account, User: "system:serviceaccount:" + AccountNamespace + ":" + account}
+	c.Grant(t, a, rules)
+}
