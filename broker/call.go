@@ -127,6 +127,10 @@ func CheckServe(subject string) error {
 	return checkOwn(subject)
 }
 
+// Serves reports whether who may answer on served, which may have wildcards, is
+// asked by a call of subject.
+func Serves(served, subject string) bool { return server.SubjectsCollide(served, subject) }
+
 const maxSubject = 255
 
 // checkOwn refuses what is no subject, or one that is taken.

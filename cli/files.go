@@ -57,7 +57,14 @@ Exits with 1 if anything is wrong. Warnings are printed and change nothing.`,
 				for _, w := range set.Warnings {
 					fmt.Fprintln(p.stdout, "warning:", w)
 				}
-				fmt.Fprintf(p.stdout, "%s: %s, in %s mode, %s\n", file, count(len(set.Rules), "rule"), set.Mode, count(len(set.Warnings), "warning"))
+				warnings := len(set.Warnings)
+				if config != "" && cerr == nil {
+					for _, w := range c.unserved(set) {
+						fmt.Fprintln(p.stdout, "warning:", w)
+						warnings++
+					}
+				}
+				fmt.Fprintf(p.stdout, "%s: %s, in %s mode, %s\n", file, count(len(set.Rules), "rule"), set.Mode, count(warnings, "warning"))
 			}
 			if cerr != nil || rerr != nil {
 				return errSilent

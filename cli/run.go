@@ -132,6 +132,9 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	for _, w := range set.Warnings {
 		log.Warn("rules", "warning", w.String())
 	}
+	for _, w := range c.unserved(set) {
+		log.Warn("rules", "warning", w)
+	}
 	bc, err := c.brokerConfig()
 	if err != nil {
 		return wrong(err)
