@@ -3,7 +3,6 @@ package responders
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -212,14 +211,12 @@ func (d *drain) evictAll(ctx context.Context, r *Request, rec nodeRecord) (*node
 		}
 	}
 	switch {
-	case errors.Is(ctx.Err(), context.Canceled):
-		return nil, context.Cause(ctx) // stoop is being stopped, or lost the Lease
-	case pods == nil:
-		return nil, Retry(fmt.Errorf("the pods of the node could not be listed within %s", d.params.Deadline), 0)
-	case len(pods.evict) == 0 && len(pods.blocked) == 0:
+	case pods != nil && len(pods.evict) == 0 && len(pods.blocked) == 0:
 		return pods, nil // what is still ending will
 	case ctx.Err() != nil:
-		return nil, ctx.Err()
+		return nil, ctx.Err() // stoop is being stopped, or has lost the Lease
+	case pods == nil:
+		return nil, Retry(fmt.Errorf("the pods of the node could not be listed within %s", d.params.Deadline), 0)
 	}
 	return nil, d.undone(pods)
 }

@@ -225,7 +225,7 @@ func TestDrainNodeWithABudget(t *testing.T) {
 		})
 		ended := make(chan error, 1)
 		go func() {
-			_, err := responders.NewDrain(s.env, time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
+			_, err := responders.NewDrain(s.env, time.Second, 10*time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
 			ended <- err
 		}()
 		until(t, "it was asked for twice", func() bool { return asked.Load() > 1 })
@@ -243,7 +243,7 @@ func TestDrainNodeWithABudget(t *testing.T) {
 		f.pod("a", "web-1", ofReplicaSet)
 		s, ended := f.stoop("a", nil), make(chan error, 1)
 		go func() {
-			_, err := responders.NewDrain(s.env, time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
+			_, err := responders.NewDrain(s.env, time.Second, 10*time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
 			ended <- err
 		}()
 		until(t, "one is evicted", func() bool { return len(f.ends("web-0", "web-1")) == 1 })
@@ -321,12 +321,12 @@ func TestDrainNodeWhoseRequestsHang(t *testing.T) {
 			})
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
-			drain, req := responders.NewDrain(s.env, 5*time.Millisecond), s.request("drain-node", "s1", "deadline: 1h")
+			drain, req := responders.NewDrain(s.env, time.Second, 100*time.Millisecond), s.request("drain-node", "s1", "deadline: 1h")
 			_, err := drain.Act(ctx, req)
 			if _, retry, _, reason := responders.Classify(err); !retry || !strings.Contains(reason, "deadline exceeded") || !hung.Load() {
 				t.Errorf("retry %t (%s)", retry, reason)
 			}
-			if _, err := responders.NewDrain(s.env, time.Second).Act(ctx, req); err != nil {
+			if _, err := responders.NewDrain(s.env, time.Second, 10*time.Second).Act(ctx, req); err != nil {
 				t.Error(err)
 			}
 		})
@@ -392,7 +392,7 @@ func TestDrainNodeThatIsTakenBack(t *testing.T) {
 				s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = true })
 			}
 			go func() {
-				_, err := responders.NewDrain(s.env, time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
+				_, err := responders.NewDrain(s.env, time.Second, 10*time.Second).Act(t.Context(), s.request("drain-node", "s1", "deadline: 30s"))
 				ended <- err
 			}()
 			until(t, "one is evicted", func() bool { return len(f.ends("web-0", "web-1")) == 1 })
@@ -405,6 +405,49 @@ func TestDrainNodeThatIsTakenBack(t *testing.T) {
 				t.Errorf("evicted were %v, the node is %+v", got, s.now())
 			}
 		})
+	}
+}
+
+// Nor does a further try, after stoop was stopped, cordon it again.
+func TestDrainNodeThatWasUncordonedMeanwhile(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "a")
+	f.budget(0)
+	f.pod("a", "web-0", ofReplicaSet)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s, ended := f.stoop("a", nil), make(chan error, 1)
+	go func() {
+		_, err := s.act(ctx, "drain-node", "s1", "")
+		ended <- err
+	}()
+	until(t, "it is cordoned", func() bool { return s.now().Spec.Unschedulable })
+	cancel()
+	<-ended
+	s.edit(func(n *corev1.Node) { n.Spec.Unschedulable = false })
+	f.budget(1)
+	_, err := s.act(t.Context(), "drain-node", "s1", "")
+	if status, _, _, reason := responders.Classify(err); status != broker.Refused || s.now().Spec.Unschedulable || len(s.now().Annotations) > 0 || len(f.ends("web-0")) > 0 {
+		t.Errorf("status %s (%s), the node is %+v", status, reason, s.now())
+	}
+}
+
+// An eviction that was done without an answer is seen, if only at the end.
+func TestDrainNodeWhoseAnswerIsLost(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "a")
+	f.pod("a", "web-0", ofReplicaSet)
+	s := f.stoop("a", func(r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/eviction") {
+			// Done by another hand in the same moment, while this request hangs.
+			if err := f.admin.CoreV1().Pods("shop").Delete(t.Context(), "web-0", metav1.DeleteOptions{}); err != nil {
+				t.Error(err)
+			}
+			<-r.Context().Done()
+		}
+	})
+	if res := s.must("drain-node", "s1", "deadline: 1s"); !strings.Contains(res.Reason, "still ending: shop/web-0") {
+		t.Errorf("result %+v", res)
 	}
 }
 
@@ -425,7 +468,7 @@ func TestDrainNodeThatIsPaused(t *testing.T) {
 		}
 		return ""
 	})
-	drain := responders.NewDrain(s.env, time.Second)
+	drain := responders.NewDrain(s.env, time.Second, 10*time.Second)
 	go func() {
 		_, err := drain.Act(t.Context(), req)
 		ended <- err
@@ -463,6 +506,19 @@ func TestDrainNodeThatWasCordoned(t *testing.T) {
 		t.Errorf("undo: %+v, the node is %+v", u, now)
 	}
 	other.must("cordon-node", "s2", "")
+}
+
+// Nothing is drained by who can't tell what is protected.
+func TestDrainNodeWithoutGuards(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, "a")
+	f.pod("a", "web-0", ofReplicaSet)
+	s := f.stoop("a", nil)
+	s.env.ProtectedPod = nil
+	_, err := s.act(t.Context(), "drain-node", "s1", "deadline: 1s")
+	if status, _, _, reason := responders.Classify(err); status != broker.Refused || s.now().Spec.Unschedulable || len(f.ends("web-0")) > 0 {
+		t.Errorf("status %s (%s)", status, reason)
+	}
 }
 
 func TestDrainNodeWaitsForAPerson(t *testing.T) {

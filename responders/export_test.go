@@ -44,10 +44,10 @@ func Render(body string, alert []byte) ([]byte, error) {
 func CheckBody(body string) error { return new(template).UnmarshalText([]byte(body)) }
 
 // NewDrain is the responder drain-node, which renews the Lease after every beat, waits
-// twenty of them for an answer, and asks for pods again as soon as it looks.
-func NewDrain(env Env, beat time.Duration) Responder {
+// for an answer no longer than told, and asks for pods again as soon as it looks.
+func NewDrain(env Env, beat, answer time.Duration) Responder {
 	d := drainNode().New(env).(*nodeDrainer)
-	d.acts.beat, d.acts.answer, d.again = beat, 20*beat, 0
+	d.acts.beat, d.acts.answer, d.again = beat, answer, 0
 	return d
 }
 

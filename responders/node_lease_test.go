@@ -327,7 +327,7 @@ func TestNodeLeaseWhileItLasts(t *testing.T) {
 	f.pod("node-001", "web-1", nil)
 	const beat = 50 * time.Millisecond
 	s, other := f.stoop("node-001", nil), f.stoop("node-002", nil)
-	drain := responders.NewDrain(s.env, beat)
+	drain := responders.NewDrain(s.env, beat, 20*beat)
 	ended := make(chan error, 1)
 	go func() {
 		_, err := drain.Act(t.Context(), s.request("drain-node", "s1", "force: true"))
@@ -335,7 +335,7 @@ func TestNodeLeaseWhileItLasts(t *testing.T) {
 	}()
 	until(t, "the node is cordoned", func() bool { return s.now().Spec.Unschedulable })
 	// It is renewed: for the other it never looks dead.
-	late := responders.NewDrain(other.env, beat)
+	late := responders.NewDrain(other.env, beat, 20*beat)
 	for end := time.Now().Add(8 * beat); time.Now().Before(end); time.Sleep(beat / 2) {
 		_, err := late.Act(t.Context(), other.request("drain-node", "s2", ""))
 		if _, retry, _, reason := responders.Classify(err); !retry || !strings.Contains(reason, "node-001") {
