@@ -69,7 +69,7 @@ func TestTalon(t *testing.T) {
 				t.Fatal(err)
 			}
 			if string(got) != string(want) {
-				t.Errorf("what comes of it is\n%s\nand not, as in %s,\n%s", got, out, want)
+				t.Errorf("what comes of it is\n%s\nand not, as in %s,\n%s\n(go test ./convert -update writes it again)", got, out, want)
 			}
 		})
 	}
