@@ -39,7 +39,7 @@ func (q *queues) get(responder string) *queue {
 		q.of = map[string]*queue{}
 	}
 	if q.of[responder] == nil {
-		q.of[responder] = &queue{seed: maphash.MakeSeed(), steps: map[string]*waiting{}, to: map[uint64]load{}}
+		q.of[responder] = &queue{seed: maphash.MakeSeed(), steps: map[string]*waiting{}, to: map[uint64]load{}, wanted: make(chan struct{})}
 	}
 	return q.of[responder]
 }
@@ -54,7 +54,14 @@ type queue struct {
 	all   load
 	to    map[uint64]load // by destination
 	left  int64           // by an earlier process, and not given to anybody since
+
+	// wanted is closed when there is, or will be, something to be consumed: what no
+	// rule names needs no connection.
+	wanted chan struct{}
+	once   sync.Once
 }
+
+func (q *queue) want() { q.once.Do(func() { close(q.wanted) }) }
 
 type waiting struct {
 	to    uint64 // the destination
@@ -130,6 +137,7 @@ func (q *queue) end(id string) {
 
 // enter and leave are called with the lock held.
 func (q *queue) enter(id string, w *waiting) {
+	q.want()
 	q.steps[id] = w
 	q.add(w, 1)
 }
@@ -182,4 +190,7 @@ func (q *queue) set(left int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.left = left
+	if left > 0 {
+		q.want()
+	}
 }

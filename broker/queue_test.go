@@ -10,7 +10,7 @@ import (
 )
 
 func newQueue() *queue {
-	return &queue{seed: maphash.MakeSeed(), steps: map[string]*waiting{}, to: map[uint64]load{}}
+	return &queue{seed: maphash.MakeSeed(), steps: map[string]*waiting{}, to: map[uint64]load{}, wanted: make(chan struct{})}
 }
 
 func stepTo(destination string, n int) *Step {

@@ -257,10 +257,24 @@ func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
 	return nil
 }
 
+// Expect says that there will be steps for these responders, so that the first one
+// finds its consumer connected.
+func (b *Broker) Expect(responders ...string) {
+	for _, r := range responders {
+		b.queues.get(r).want()
+	}
+}
+
 // ConsumeSteps hands the steps for a responder to handle, at most concurrency
 // of them at a time, until ctx is done; it returns when the last handle has.
-// handle ends each with Ack or Retry; one it ends with neither is given again.
+// handle ends each with Ack or Retry; one it ends with neither is given again. It
+// connects when there is a first step, or was said to be one to expect.
 func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency int, handle func(context.Context, *Delivery)) error {
+	select {
+	case <-b.queues.get(responder).wanted:
+	case <-ctx.Done():
+		return nil
+	}
 	err := b.consumeSteps(ctx, responder, concurrency, handle)
 	if ctx.Err() != nil {
 		return nil // stopped, be it while the consumer was being made

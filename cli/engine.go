@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -155,6 +156,7 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 		}
 		return false, err
 	}
+	b.Expect(e.named(e.router.Rules())...)
 	if err := host.SetRules(ctx, modesOf(e.router.Rules())); err != nil {
 		e.log.Error("since when rules enforce could not be stored", "error", err)
 	}
@@ -359,11 +361,29 @@ func modesOf(s *rules.Set) map[string]broker.Mode {
 	return m
 }
 
+// named are the responders that rules may need: those that they name, and those that
+// take their place.
+func (e *engine) named(s *rules.Set) []string {
+	var names []string
+	for _, r := range s.Rules {
+		for _, a := range r.Actions {
+			names = append(names, a.Responder)
+		}
+	}
+	for _, entry := range e.host.Entries {
+		if entry.Instead != "" && slices.Contains(names, entry.Name) {
+			names = append(names, entry.Instead)
+		}
+	}
+	return names
+}
+
 // setRules puts rules in force.
 func (e *engine) setRules(ctx context.Context, s *rules.Set) {
 	// First since when they enforce, then the rules: an alert that the new
 	// rules match came after that.
 	if g := e.current.Load(); g != nil {
+		g.broker.Expect(e.named(s)...)
 		if err := g.host.SetRules(ctx, modesOf(s)); err != nil {
 			e.log.Error("since when rules enforce could not be stored", "error", err)
 		}

@@ -1,0 +1,52 @@
+package broker_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+
+	"stoop/broker"
+	"stoop/broker/brokertest"
+)
+
+// What no rule names has no connection; one is made with the first step, and
+// nothing waits for it that an earlier process left.
+func TestAConsumerConnectsWhenThereIsSomethingToConsume(t *testing.T) {
+	b := brokertest.New(t)
+	connections := func() int { return b.Connections() }
+	for _, r := range []string{"idle", "expected", "stepped"} {
+		if err := b.OpenSteps(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := connections()
+	ctx, cancel := context.WithCancel(t.Context())
+	got := make(chan string, 10)
+	var all sync.WaitGroup
+	for _, r := range []string{"idle", "expected", "stepped"} {
+		all.Go(func() {
+			if err := b.ConsumeSteps(ctx, r, 1, func(_ context.Context, d *broker.Delivery) {
+				got <- d.Step.Responder
+				if err := d.Ack(); err != nil {
+					t.Error(err)
+				}
+			}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(all.Wait)
+	t.Cleanup(cancel)
+	b.Expect("expected")
+	eventually(t, "a connection of what is expected", func() bool { return connections() == before+1 })
+	s := &broker.Step{ID: "one", Action: broker.Action{Responder: "stepped"}}
+	if _, err := b.PublishStep(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-got; r != "stepped" {
+		t.Errorf("a step for %s", r)
+	}
+	if n := connections(); n != before+2 {
+		t.Errorf("%d connections more, want 2", n-before)
+	}
+}
