@@ -113,6 +113,9 @@ func (p *program) printWaiting(got waitingAnswer, asJSON bool) error {
 
 func waitingLines(a responders.Approval) []string {
 	lines := []string{"rule " + a.Rule + ", asked " + a.Asked.Local().Format(time.DateTime)}
+	if a.Object != "" {
+		lines = append(lines, "acts on: "+a.Object)
+	}
 	if t := targetText(broker.Outcome{Target: a.Target}); t != "" {
 		lines = append(lines, "target: "+t)
 	}

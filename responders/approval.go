@@ -24,14 +24,17 @@ type Approval struct {
 	Responder string           `json:"responder"`
 	Params    json.RawMessage  `json:"params,omitempty"`
 	Target    alert.Target     `json:"target,omitzero"`
-	Alert     json.RawMessage  `json:"alert,omitempty"` // as Falco wrote it
-	Found     []broker.Finding `json:"found,omitempty"` // by the steps before
+	Object    string           `json:"object,omitempty"` // what the step acts on, where that is not the target
+	Alert     json.RawMessage  `json:"alert,omitempty"`  // as Falco wrote it
+	Found     []broker.Finding `json:"found,omitempty"`  // by the steps before
 }
 
 // approval is what STATE holds of such a step, under approval.<step id>.
 type approval struct {
 	Step    *broker.Step `json:"step"`
 	About   string       `json:"about"` // rule, responder and object
+	Object  string       `json:"object,omitempty"`
+	Urgent  bool         `json:"urgent,omitempty"`
 	Asked   time.Time    `json:"asked"`
 	Expires time.Time    `json:"expires"`
 }
@@ -85,14 +88,48 @@ func (a *approvals) add(r *approval) (refused string) {
 				refused = fmt.Sprintf("step %s of the same rule waits for approval to do the same to the same", id)
 			}
 		}
-		if refused == "" && len(a.byID) >= approvalsMax {
-			refused = fmt.Sprintf("%d steps wait for approval already: nobody is asked about more", approvalsMax)
+		if refused == "" {
+			refused = a.full(r)
 		}
 	}
 	if refused == "" {
 		a.byID[r.Step.ID], a.busy[r.Step.ID] = r, true
 	}
 	return refused
+}
+
+// full is why no more steps like this one may wait, or "". As with the limits, a
+// namespace gets at most half of the places, and alerts below Critical at most three
+// quarters: what one of them uses up is never all. The caller holds the lock.
+func (a *approvals) full(r *approval) string {
+	namespace, others := 0, 0
+	for _, o := range a.byID {
+		if o.namespace() == r.namespace() {
+			namespace++
+		}
+		if !o.Urgent {
+			others++
+		}
+	}
+	who, n := "", len(a.byID)
+	switch {
+	case n >= approvalsMax:
+	case r.namespace() != "" && namespace >= approvalsMax/2:
+		who, n = " in namespace "+r.namespace(), namespace
+	case !r.Urgent && others >= approvalsMax-approvalsMax/4:
+		who, n = " after alerts below Critical", others
+	default:
+		return ""
+	}
+	return fmt.Sprintf("%d steps%s wait for approval already: nobody is asked about more", n, who)
+}
+
+// namespace is the one that the step is about, or "".
+func (r *approval) namespace() string {
+	if t := r.Step.Target; t.Resource != nil {
+		return t.Resource.Namespace
+	}
+	return r.Step.Target.Namespace
 }
 
 // take makes the caller the only one who decides about a step.
@@ -174,7 +211,13 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 		}
 	}
 	now := time.Now().UTC()
-	a := &approval{Step: s, About: about.objectKey(), Asked: now, Expires: now.Add(h.Guards.Approval)}
+	a := &approval{Step: s, About: about.objectKey(), Asked: now, Expires: now.Add(h.Guards.Approval), Urgent: req.Alert.Priority.Urgent()}
+	what := describe(req.Target)
+	if r.objectOf(s.Params) == NodeObject {
+		// The target is only where the alert came from.
+		a.Object = "node " + h.Env.Node
+		what = a.Object + " (after an alert of " + what + ")"
+	}
 	if refused := h.approvals.add(a); refused != "" {
 		return h.suppress("approval", refused)
 	}
@@ -188,8 +231,11 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 	if len(s.Params) > 0 {
 		o.Found["params"] = cut(string(s.Params), 500)
 	}
+	if a.Object != "" {
+		o.Found["object"] = a.Object
+	}
 	h.record(o)
-	h.Tell("waits for approval", fmt.Sprintf("rule %s wants %s of %s; step %s %s", s.Rule, s.Responder, describe(req.Target), s.ID, reason))
+	h.Tell("waits for approval", fmt.Sprintf("rule %s wants %s of %s; step %s %s", s.Rule, s.Responder, what, s.ID, reason))
 	return broker.AwaitingApproval, reason, 0
 }
 
@@ -217,7 +263,7 @@ func (h *Host) Approvals() []Approval {
 		r := a.byID[id]
 		out = append(out, Approval{
 			ID: id, Asked: r.Asked, Expires: r.Expires, Rule: r.Step.Rule, Responder: r.Step.Responder,
-			Params: r.Step.Params, Target: r.Step.Target, Alert: r.Step.Alert, Found: r.Step.Found,
+			Params: r.Step.Params, Target: r.Step.Target, Object: r.Object, Alert: r.Step.Alert, Found: r.Step.Found,
 		})
 	}
 	return out

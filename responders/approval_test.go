@@ -2,10 +2,12 @@ package responders
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
+	"stoop/alert"
 	"stoop/broker"
 	"stoop/broker/brokertest"
 )
@@ -214,6 +216,64 @@ func TestSoManyWaitAndNoMore(t *testing.T) {
 	b.publish(one)
 	if o := b.ends(1)[one.ID]; o.Status != broker.Suppressed {
 		t.Errorf("outcome %+v", o)
+	}
+}
+
+// Disposable pods, or alerts of little weight, can't keep people from being asked about
+// what matters.
+func TestNobodyTakesAllThePlacesOfThoseThatWait(t *testing.T) {
+	waiting := func(n int, namespace string, urgent bool) *approvals {
+		a := &approvals{byID: map[string]*approval{}, busy: map[string]bool{}}
+		for i := range n {
+			s := &broker.Step{ID: fmt.Sprint(i)}
+			s.Target.Namespace = namespace
+			a.byID[s.ID] = &approval{Step: s, About: s.ID, Urgent: urgent}
+		}
+		return a
+	}
+	for name, c := range map[string]struct {
+		a         *approvals
+		namespace string
+		urgent    bool
+		refused   string
+	}{
+		"half are of the namespace":            {waiting(approvalsMax/2, "x", true), "x", true, "namespace x"},
+		"half are of another":                  {waiting(approvalsMax/2, "x", true), "y", true, ""},
+		"of no namespace":                      {waiting(approvalsMax/2, "", true), "", true, ""},
+		"three quarters are below Critical":    {waiting(approvalsMax*3/4, "", false), "y", false, "below Critical"},
+		"and this one is Critical":             {waiting(approvalsMax*3/4, "", false), "y", true, ""},
+		"all, and nobody has a reserve beyond": {waiting(approvalsMax, "", true), "y", true, "500 steps wait"},
+	} {
+		s := &broker.Step{ID: "new"}
+		s.Target.Namespace = c.namespace
+		got := c.a.add(&approval{Step: s, About: "new", Urgent: c.urgent})
+		if (got == "") != (c.refused == "") || !strings.Contains(got, c.refused) {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+	s := &broker.Step{ID: "new"}
+	s.Target.Resource = &alert.Resource{Resource: "secrets", Namespace: "x"}
+	if got := waiting(approvalsMax/2, "x", true).add(&approval{Step: s, About: "new", Urgent: true}); got == "" {
+		t.Error("an object of the namespace is asked about")
+	}
+}
+
+// Who decides is shown what is acted on, which is not always what raised the alert.
+func TestAnApprovalNamesTheNode(t *testing.T) {
+	e := entry("one", Harm, &stub{})
+	e.Object = NodeObject
+	b := newBench(t, brokertest.New(t), e)
+	b.config.Env.Node, b.config.Env.Kube, b.config.Pods = "n1", &Kube{}, &Pods{} // so that there is a cluster
+	b.start()
+	s := b.asking("one")
+	s.Target.Namespace, s.Target.Pod = "shop", "web-0"
+	b.publish(s)
+	if a := b.waits(s.ID); a.Object != "node n1" {
+		t.Errorf("%+v", a)
+	}
+	b.stop()
+	if told := strings.Join(b.told, " "); !strings.Contains(told, "wants one of node n1 (after an alert of pod shop/web-0)") {
+		t.Errorf("people were told %q", told)
 	}
 }
 
