@@ -294,11 +294,11 @@ func (s *workloadScaler) undo(ctx context.Context, rec scaling) (Result, error) 
 		return Result{}, fmt.Errorf("set back %s: %w", rec, err)
 	}
 	switch now := replicasOf(scale); now {
+	case rec.To:
 	case rec.From:
 		return Result{Nothing: true, Reason: fmt.Sprintf("%s has %d replicas already", rec, now)}, nil
 	default:
 		return Result{Nothing: true, Reason: fmt.Sprintf("%s has %d replicas by now, not the %d of this step: somebody else set that, and it is left", rec, now, rec.To)}, nil
-	case rec.To:
 	}
 	if err := s.set(ctx, rec, scale, rec.From); err != nil {
 		return Result{}, fmt.Errorf("set back %s: %w", rec, err)
