@@ -338,18 +338,16 @@ func allowedByBoth[R any](haveTypes, wantTypes []networkingv1.PolicyType, direct
 // tellOthers names the policies that still allow what ours cuts off. That it
 // can't is no failure: the pod is isolated.
 func (i *podIsolator) tellOthers(ctx context.Context, pod *corev1.Pod, ours *networkingv1.NetworkPolicy, result *Result) {
-	list, err := i.kube.NetworkPolicies(pod.Namespace).List(ctx, metav1.ListOptions{})
+	var names []string
+	err := i.kube.eachPolicy(ctx, pod.Namespace, func(other *networkingv1.NetworkPolicy) {
+		if other.Name != ours.Name && stillAllows(other, pod, ours.Spec.PolicyTypes) {
+			names = append(names, other.Name)
+		}
+	})
 	if err != nil {
 		_, _, _, reason := classify(err)
 		result.Reason += "; whether other policies still allow traffic is not known: " + reason
 		return
-	}
-	var names []string
-	for n := range list.Items {
-		other := &list.Items[n]
-		if other.Name != ours.Name && stillAllows(other, pod, ours.Spec.PolicyTypes) {
-			names = append(names, other.Name)
-		}
 	}
 	if len(names) == 0 {
 		return

@@ -1,12 +1,14 @@
 package responders
 
 import (
+	"context"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -100,4 +102,41 @@ func (k *Kube) NetworkPolicies(namespace string) *gentype.ClientWithList[*networ
 	return gentype.NewClientWithList("networkpolicies", k.networking, k.params, namespace,
 		func() *networkingv1.NetworkPolicy { return &networkingv1.NetworkPolicy{} },
 		func() *networkingv1.NetworkPolicyList { return &networkingv1.NetworkPolicyList{} })
+}
+
+// listPage is how many objects are asked for at once of what whoever may make them
+// decides how many there are, and how large: all of them may be more than there is
+// memory for.
+const listPage = 50
+
+// eachPolicy calls f with every NetworkPolicy of a namespace, a page at a time.
+func (k *Kube) eachPolicy(ctx context.Context, namespace string, f func(*networkingv1.NetworkPolicy)) error {
+	for options := (metav1.ListOptions{Limit: listPage}); ; {
+		list, err := k.NetworkPolicies(namespace).List(ctx, options)
+		if err != nil {
+			return err
+		}
+		for i := range list.Items {
+			f(&list.Items[i])
+		}
+		if options.Continue = list.Continue; options.Continue == "" {
+			return nil
+		}
+	}
+}
+
+// eachObject calls f with every object of a kind in a namespace, a page at a time.
+func (k *Kube) eachObject(ctx context.Context, r schema.GroupVersionResource, namespace string, f func(*unstructured.Unstructured)) error {
+	for options := (metav1.ListOptions{Limit: listPage}); ; {
+		list, err := k.Dynamic().Resource(r).Namespace(namespace).List(ctx, options)
+		if err != nil {
+			return err
+		}
+		for i := range list.Items {
+			f(&list.Items[i])
+		}
+		if options.Continue = list.GetContinue(); options.Continue == "" {
+			return nil
+		}
+	}
 }

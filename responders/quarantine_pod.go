@@ -194,14 +194,14 @@ func (q *podQuarantiner) Act(ctx context.Context, r *Request) (Result, error) {
 		q.tellLost(lost, lostErr, &result)
 	}
 	result.Nothing, result.TTL = false, ttl
-	result.Found["labels"] = names(rec.Labels.Changes)
+	result.Found["labels"] = briefly(slices.Collect(maps.Keys(rec.Labels.Changes)))
 	result.Reason += "; labels taken off: " + result.Found["labels"]
 	if len(from) > 0 {
-		result.Found["selectedBy"] = strings.Join(from, ", ")
+		result.Found["selectedBy"] = briefly(from)
 		result.Reason += ", by which these selected it: " + result.Found["selectedBy"]
 	}
 	if len(stuck) > 0 {
-		result.Reason += "; but these select it even so: " + strings.Join(stuck, ", ")
+		result.Reason += "; but these select it even so: " + briefly(stuck)
 	}
 	return q.withUndo(result, rec, nil)
 }
@@ -272,19 +272,17 @@ func (q *podQuarantiner) selectorsOf(ctx context.Context, pod *corev1.Pod) (foun
 			return nil, fmt.Sprintf("what %s would do without the pod is not known, so it is isolated only", what), nil
 		}
 	}
-	services, err := q.kube.Dynamic().Resource(corev1.SchemeGroupVersion.WithResource("services")).Namespace(pod.Namespace).List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, "", fmt.Errorf("list the services: %w", err)
-	}
-	for n := range services.Items {
-		s := &services.Items[n]
+	err = q.kube.eachObject(ctx, corev1.SchemeGroupVersion.WithResource("services"), pod.Namespace, func(s *unstructured.Unstructured) {
 		set, _, _ := unstructured.NestedStringMap(s.Object, "spec", "selector")
 		if len(set) == 0 {
-			continue // a Service without one selects nothing
+			return // a Service without one selects nothing
 		}
 		if selector := labels.SelectorFromSet(set); selector.Matches(labels.Set(pod.Labels)) {
 			found = append(found, podSelector{selector, "Service " + s.GetName()})
 		}
+	})
+	if err != nil {
+		return nil, "", fmt.Errorf("list the services: %w", err)
 	}
 	return found, "", nil
 }
@@ -305,18 +303,13 @@ func selectorOf(o *unstructured.Unstructured) (labels.Selector, error) {
 // policiesLost are the policies that select the pod and will no longer, with what
 // is left of its labels.
 func (q *podQuarantiner) policiesLost(ctx context.Context, pod *corev1.Pod, left map[string]string) ([]string, error) {
-	list, err := q.kube.NetworkPolicies(pod.Namespace).List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, err
-	}
 	var lost []string
-	for n := range list.Items {
-		p := &list.Items[n]
+	err := q.kube.eachPolicy(ctx, pod.Namespace, func(p *networkingv1.NetworkPolicy) {
 		if selectsLabels(p, pod.Labels) && !selectsLabels(p, left) {
 			lost = append(lost, p.Name)
 		}
-	}
-	return lost, nil
+	})
+	return lost, err
 }
 
 func selectsLabels(p *networkingv1.NetworkPolicy, set map[string]string) bool {

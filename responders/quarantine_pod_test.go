@@ -2,8 +2,10 @@ package responders_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"net/http"
+	"path"
 	"reflect"
 	"slices"
 	"strings"
@@ -380,4 +382,41 @@ func TestQuarantinePodUndo(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Whoever may make Services and policies decides how many there are: they are read a
+// page at a time, all of them, and an outcome does not name them all.
+func TestThousandsOfServices(t *testing.T) {
+	m := newMember(t, "quarantine-pod")
+	m.relabel(map[string]string{"last": "x"})
+	for n := range 60 {
+		conformance.MakeService(t, m.admin, "shop", fmt.Sprintf("web-%02d", n), map[string]string{"app": "web"})
+		m.makePolicy(fmt.Sprintf("policy-%02d", n), metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}})
+	}
+	conformance.MakeService(t, m.admin, "shop", "zz-last", map[string]string{"last": "x"})
+	config := m.server.Config()
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		return trip(func(req *http.Request) (*http.Response, error) {
+			what := path.Base(req.URL.Path)
+			if req.Method == http.MethodGet && (what == "services" || what == "networkpolicies") && req.URL.Query().Get("limit") == "" {
+				t.Errorf("all %s are asked for at once", what)
+			}
+			return next.RoundTrip(req)
+		})
+	})
+	kube, err := responders.NewKube(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := m.entry.New(responders.Env{Kube: kube, Node: testNode}).Act(t.Context(), m.request("s1", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if by := res.Found["selectedBy"]; len(by) > 200 || !strings.Contains(by, "51 more") {
+		t.Errorf("selected by %s", by)
+	}
+	if lost := res.Found["policiesLost"]; !strings.Contains(lost, "50 more") {
+		t.Errorf("policies lost %s", lost)
+	}
+	m.wantLabels(m.isolated(nil))
 }

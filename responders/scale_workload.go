@@ -232,27 +232,25 @@ func (s *workloadScaler) set(ctx context.Context, rec scaling, scale *unstructur
 // no failure: the workload is scaled.
 func (s *workloadScaler) tellAutoscalers(ctx context.Context, rec scaling, result *Result) {
 	autoscalers := schema.GroupVersionResource{Group: "autoscaling", Version: "v2", Resource: "horizontalpodautoscalers"}
-	list, err := s.kube.Dynamic().Resource(autoscalers).Namespace(rec.Namespace).List(ctx, metav1.ListOptions{})
-	if err != nil {
-		_, _, _, reason := classify(err)
-		result.Reason += "; whether a HorizontalPodAutoscaler targets it is not known: " + reason
-		return
-	}
 	var names []string
 	fromZero := false
-	for n := range list.Items {
-		spec := list.Items[n].Object
+	err := s.kube.eachObject(ctx, autoscalers, rec.Namespace, func(o *unstructured.Unstructured) {
 		target := func(key string) string {
-			v, _, _ := unstructured.NestedString(spec, "spec", "scaleTargetRef", key)
+			v, _, _ := unstructured.NestedString(o.Object, "spec", "scaleTargetRef", key)
 			return v
 		}
 		gv, err := schema.ParseGroupVersion(target("apiVersion"))
 		if err != nil || gv.Group != rec.Group || target("kind") != rec.Kind || target("name") != rec.Name {
-			continue
+			return
 		}
-		names = append(names, list.Items[n].GetName())
-		least, found, _ := unstructured.NestedInt64(spec, "spec", "minReplicas")
+		names = append(names, o.GetName())
+		least, found, _ := unstructured.NestedInt64(o.Object, "spec", "minReplicas")
 		fromZero = fromZero || found && least == 0
+	})
+	if err != nil {
+		_, _, _, reason := classify(err)
+		result.Reason += "; whether a HorizontalPodAutoscaler targets it is not known: " + reason
+		return
 	}
 	if len(names) == 0 {
 		return
