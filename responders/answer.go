@@ -28,12 +28,12 @@ var answerKey = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}$`)
 // function that did what it was asked to. Whatever is not understood is an error:
 // a refusal in other words must not count as a success.
 func readAnswer(data []byte) (Result, error) {
+	if len(data) > maxAnswer {
+		return Result{}, fmt.Errorf("the answer has more than %s", param.Size(maxAnswer))
+	}
 	data = bytes.TrimSpace(data)
 	if len(data) == 0 {
 		return Result{}, nil
-	}
-	if len(data) > maxAnswer {
-		return Result{}, fmt.Errorf("the answer has more than %s", param.Size(maxAnswer))
 	}
 	if data[0] != '{' {
 		return Result{}, fmt.Errorf("the answer is no JSON object: %s", strconv.Quote(oneLine(string(data), 100)))

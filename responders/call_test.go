@@ -117,6 +117,7 @@ func TestAnswers(t *testing.T) {
 		{`{"found":{"` + strings.Repeat("k", 65) + `":"x"}}`, broker.Failed, "the key", nil},
 		{string(tooMany), broker.Failed, "more than 64 entries", nil},
 		{`{"found":{"a":"` + strings.Repeat("x", 64<<10) + `"}}`, broker.Failed, "more than 64KiB", nil},
+		{"{}" + strings.Repeat(" ", 64<<10), broker.Failed, "more than 64KiB", nil},
 	} {
 		name := tc.answer
 		if len(name) > 60 {
