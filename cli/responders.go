@@ -119,6 +119,9 @@ func (p *program) showResponder(e responders.Entry, here *node.Node, w int) {
 	if e.Approve != nil && e.Approve(json.RawMessage("{}")) {
 		lines("waits until a person approves it, unless approve: false stands beside it")
 	}
+	if e.Grants != nil {
+		lines("needs permissions that hang on its parameters: stoop rbac prints them")
+	}
 	for _, r := range e.RBAC {
 		lines("needs " + strings.Join(r.Verbs, ", ") + " on " + strings.Join(r.Resources, ", "))
 	}

@@ -79,6 +79,13 @@ node (the request says of which node; RBAC can't):
 			b.WriteString("\nPermissions:\n\n")
 			writeRBAC(&b, e.RBAC)
 		}
+		if e.Grants != nil {
+			says := "What permissions it needs hangs on its parameters"
+			if len(e.RBAC) > 0 {
+				says = "Which of these it needs hangs on its parameters"
+			}
+			fmt.Fprintf(&b, "\n%s\n", fill(says+": `stoop rbac` prints them for your rules ([rbac.md](rbac.md))."))
+		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

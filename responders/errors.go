@@ -139,6 +139,6 @@ func forbidden(err error, message string) string {
 	if group != "" {
 		resource += "." + group
 	}
-	return fmt.Sprintf("missing permission: %s may not %s %s %s; give its role the verb %s on %s (stoop responders lists what each needs)",
+	return fmt.Sprintf("missing permission: %s may not %s %s %s; give its role the verb %s on %s (stoop rbac prints what your rules need)",
 		user, verb, resource, where, verb, resource)
 }
