@@ -36,10 +36,15 @@ func (m *member) setReplicas(n int32) {
 
 func (m *member) autoscaler(name, kind, target string, least *int32) {
 	m.t.Helper()
+	m.autoscalerOf(name, "apps/v1", kind, target, least)
+}
+
+func (m *member) autoscalerOf(name, apiVersion, kind, target string, least *int32) {
+	m.t.Helper()
 	_, err := m.admin.AutoscalingV2().HorizontalPodAutoscalers("shop").Create(m.t.Context(), &autoscalingv2.HorizontalPodAutoscaler{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: autoscalingv2.HorizontalPodAutoscalerSpec{
-			ScaleTargetRef: autoscalingv2.CrossVersionObjectReference{APIVersion: "apps/v1", Kind: kind, Name: target},
+			ScaleTargetRef: autoscalingv2.CrossVersionObjectReference{APIVersion: apiVersion, Kind: kind, Name: target},
 			MinReplicas:    least, MaxReplicas: 9,
 		},
 	}, metav1.CreateOptions{})
@@ -109,6 +114,7 @@ func TestScaleWorkload(t *testing.T) {
 		m.autoscaler("hpa", "Deployment", "web", nil)
 		m.autoscaler("of-another", "Deployment", "other", nil)
 		m.autoscaler("of-another-kind", "ReplicaSet", "web", nil)
+		m.autoscalerOf("of-another-group", "example.com/v1", "Deployment", "web", nil)
 		res := m.act("s1", "replicas: 2")
 		if res.Found["autoscalers"] != "hpa" || !strings.Contains(res.Reason, "hpa targets it and will set another number") {
 			t.Errorf("%+v", res)
@@ -171,6 +177,20 @@ func TestScaleWorkload(t *testing.T) {
 			r.Resumed, r.Intended = true, json.RawMessage(record)
 			if res, err := m.Act(t.Context(), r); err != nil || res.Nothing == known || known && string(res.Undo) != record {
 				t.Errorf("with %s: %+v, %v", record, res, err)
+			}
+		}
+	})
+	t.Run("something above that is no workload", func(t *testing.T) {
+		for _, ref := range []metav1.OwnerReference{
+			{APIVersion: "example.com/v1", Kind: "Shop", Name: "web", UID: "1", Controller: new(true)}, // not served
+			{APIVersion: "v1", Kind: "Node", Name: testNode, UID: "1", Controller: new(true)},          // in no namespace
+		} {
+			m := newMember(t, "scale-workload")
+			m.deployment(5)
+			m.changeDeployment(func(d *appsv1.Deployment) { d.OwnerReferences = []metav1.OwnerReference{ref} })
+			res := m.act("s1", "")
+			if m.replicas() != 0 || !strings.Contains(res.Found["controller"], ref.Kind) {
+				t.Errorf("%s: it has %d: %+v", ref.Kind, m.replicas(), res)
 			}
 		}
 	})

@@ -46,12 +46,10 @@ func controlling(ctx context.Context, kube *Kube, namespace string, ref *metav1.
 	if !as.Namespaced {
 		return nil, Refuse("%s is in no namespace, and so no workload", controllerName(ref))
 	}
+	// The client refuses a name that would lead out of the namespace.
 	o, err := kube.Dynamic().Resource(as.GroupVersionResource).Namespace(namespace).Get(ctx, ref.Name, metav1.GetOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("get %s in namespace %s, which controls it: %w", controllerName(ref), namespace, err)
-	}
-	if o.GetNamespace() != namespace {
-		return nil, Refuse("the reference to %s leads out of namespace %s", controllerName(ref), namespace)
 	}
 	if o.GetUID() != ref.UID {
 		return nil, fmt.Errorf("%s in namespace %s, which controls it, was replaced by another of that name: %w", controllerName(ref), namespace, ErrGone)

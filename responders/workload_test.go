@@ -177,7 +177,7 @@ func TestWorkload(t *testing.T) {
 			t.Run("of a kind that is not served", func(t *testing.T) {
 				m := newMember(t, responder)
 				m.owned(metav1.OwnerReference{APIVersion: "example.com/v1", Kind: "Shop", Name: "web", UID: "1"})
-				m.wantNot("Shop", broker.Refused, broker.Failed)
+				m.wantNot("Shop", broker.Refused)
 			})
 			t.Run("references that go round", func(t *testing.T) {
 				m := newMember(t, responder)
