@@ -115,6 +115,7 @@ func TestConformance(t *testing.T) {
 		nodeActCases(),
 		captureCases(t),
 		rbacCases(),
+		denialCases(t),
 	) {
 		cases[cmp.Or(c.Name, c.Responder)] = c
 	}

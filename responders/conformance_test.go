@@ -235,6 +235,7 @@ func conformanceCases() []conformance.Case {
 		nodeActCases(),
 		captureCases(),
 		callCases(),
+		conformance.Denials(),
 	)
 }
 

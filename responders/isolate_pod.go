@@ -58,18 +58,21 @@ directions add up, and allowed is only what both steps allow. The later step the
 is the one that undoes both; a step that changes nothing leaves undo and ttl with
 the step before.
 
+strength: strongest adds a policy of a kind that denies, which no other policy can
+outvote, if the cluster serves one: that of cilium-isolate, else that of
+calico-isolate (in the tier default), else that of cluster-isolate, with their traps.
+The NetworkPolicy stands beside it. Cilium's can't make exceptions, and so is passed
+over with allowCIDRs or allowDNS. The outcome says under found.strength which it was;
+where none can be had the pod is isolated by the NetworkPolicy alone, and the reason
+says why.
+
 allowDNS lets the pod ask the cluster's DNS server (pods labelled k8s-app=kube-dns
 in kube-system, port 53), not every server on port 53, through which much leaks.
 A node-local cache, or the DNS of a distribution that is labelled otherwise, has to
 be given by its address in allowCIDRs.`,
-		Params: param.Describe(isolatePodDefaults()),
-		RBAC: []rbacv1.PolicyRule{
-			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "patch"}},
-			{
-				APIGroups: []string{networkingv1.GroupName}, Resources: []string{"networkpolicies"},
-				Verbs: []string{"get", "list", "create", "update", "delete"},
-			},
-		},
+		Params:   param.Describe(isolatePodDefaults()),
+		RBAC:     isolateRBAC(true),
+		Grants:   isolatePodGrants,
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 15 * time.Second,
@@ -77,25 +80,49 @@ be given by its address in allowCIDRs.`,
 	}
 }
 
+// isolateRBAC is what isolating needs, with the kinds that deny if it is to be the
+// strongest.
+func isolateRBAC(strongest bool) []rbacv1.PolicyRule {
+	rules := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "patch"}},
+		{
+			APIGroups: []string{networkingv1.GroupName}, Resources: []string{"networkpolicies"},
+			Verbs: []string{"get", "list", "create", "update", "delete"},
+		},
+	}
+	if strongest {
+		for _, k := range denyKinds() {
+			rules = append(rules, k.rbac()...)
+		}
+	}
+	return rules
+}
+
+func isolatePodGrants(raw json.RawMessage) []rbacv1.PolicyRule {
+	p := isolatePodDefaults()
+	err := param.Decode(raw, &p)
+	return isolateRBAC(err != nil || p.Strength == strongest)
+}
+
 type isolatePodParams struct {
 	Direction  string         `param:"direction" oneof:"ingress egress both" doc:"What is cut off: what comes in, what goes out, or both."`
 	AllowCIDRs []param.CIDR   `param:"allowCIDRs" doc:"Addresses that the pod may still talk to, in the directions that are cut off."`
 	AllowDNS   bool           `param:"allowDNS" doc:"Whether the pod may still ask the cluster's DNS server. Has no meaning for the direction ingress."`
+	Strength   string         `param:"strength" oneof:"standard strongest" doc:"standard: a NetworkPolicy. strongest: beside it a policy that denies and can't be outvoted, of the strongest kind that the cluster serves."`
 	TTL        param.Duration `param:"ttl" doc:"After how long the pod is let back by itself; 0 is never."`
 }
 
+const strongest = "strongest"
+
 func isolatePodDefaults() isolatePodParams {
-	return isolatePodParams{Direction: "both"}
+	return isolatePodParams{Direction: "both", Strength: "standard"}
 }
 
 type podIsolator struct{ kube *Kube }
 
 // Check refuses pods that a NetworkPolicy does not reach.
 func (i *podIsolator) Check(_ context.Context, r *Request) error {
-	if r.Pod.Spec.HostNetwork {
-		return Refuse("pod %s/%s is in the host's network, which no NetworkPolicy reaches", r.Pod.Namespace, r.Pod.Name)
-	}
-	return nil
+	return refuseHostNetwork(r.Pod)
 }
 
 // isolation is the undo record. It is all that Undo believes.
@@ -117,6 +144,15 @@ func (i *podIsolator) Act(ctx context.Context, r *Request) (Result, error) {
 	if err := i.Check(ctx, r); err != nil {
 		return Result{}, err
 	}
+	result, err := i.isolate(ctx, r, params)
+	if err != nil || params.Strength != strongest {
+		return result, err
+	}
+	return i.strengthen(ctx, r, params, result)
+}
+
+// isolate does it by a NetworkPolicy.
+func (i *podIsolator) isolate(ctx context.Context, r *Request, params isolatePodParams) (Result, error) {
 	pod := r.Pod
 	fail := func(err error) (Result, error) {
 		return Result{}, fmt.Errorf("isolate pod %s/%s: %w", pod.Namespace, pod.Name, err)
@@ -142,18 +178,14 @@ func (i *podIsolator) Act(ctx context.Context, r *Request) (Result, error) {
 	}
 	labelled := pod.Labels[labelIsolated] == string(pod.UID)
 	if !labelled {
-		patch, err := labelPatch(pod.UID, "", map[string]*string{labelIsolated: new(string(pod.UID))})
-		if err != nil {
-			return fail(err)
-		}
-		if _, err := i.kube.Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		if err := labelIsolation(ctx, i.kube, pod, labelIsolated); err != nil {
 			if change == policyMade && isGone(err) {
 				// The garbage collector would find it too, where one runs.
 				_ = i.kube.NetworkPolicies(pod.Namespace).Delete(ctx, policy.Name, metav1.DeleteOptions{
 					Preconditions: metav1.NewUIDPreconditions(string(policy.UID)),
 				})
 			}
-			return fail(fmt.Errorf("patch the pod's label: %w", err))
+			return fail(err)
 		}
 	}
 
@@ -382,6 +414,10 @@ func stillAllows(p *networkingv1.NetworkPolicy, pod *corev1.Pod, directions []ne
 
 // Undo takes the label off, then the policy away.
 func (i *podIsolator) Undo(ctx context.Context, u *UndoRequest) (Result, error) {
+	var both strengthened
+	if err := json.Unmarshal(u.Record, &both); err == nil && both.Denial != nil {
+		return i.undoBoth(ctx, u, both)
+	}
 	var rec isolation
 	if err := json.Unmarshal(u.Record, &rec); err != nil || rec.Policy == "" || rec.Pod == "" || rec.UID == "" || rec.PolicyUID == "" {
 		return Result{}, Refuse("the undo record of step %s can't be read", u.ID)
@@ -403,7 +439,7 @@ func (i *podIsolator) Undo(ctx context.Context, u *UndoRequest) (Result, error) 
 		return Result{Nothing: true, Reason: fmt.Sprintf("step %s isolated the pod further; undo that one", policy.Annotations[annotationStep])}, nil
 	}
 
-	unlabelled, err := i.unlabel(ctx, rec)
+	unlabelled, err := unlabelIsolation(ctx, i.kube, rec.Namespace, rec.Pod, rec.UID, rec.Label)
 	if err != nil {
 		return fail(err)
 	}
@@ -419,17 +455,30 @@ func (i *podIsolator) Undo(ctx context.Context, u *UndoRequest) (Result, error) 
 	return Result{Reason: fmt.Sprintf("let back: policy %s deleted", rec.Policy)}, nil
 }
 
-// unlabel takes stoop's label off the pod if it is still that pod and ours.
-func (i *podIsolator) unlabel(ctx context.Context, rec isolation) (bool, error) {
-	pod, err := podNow(ctx, i.kube, rec.Namespace, rec.Pod, rec.UID)
-	if err != nil || pod == nil || pod.Labels[rec.Label] != string(rec.UID) {
+// labelIsolation puts a label with the pod's own UID on the pod, which the policy for
+// it selects.
+func labelIsolation(ctx context.Context, kube *Kube, pod *corev1.Pod, label string) error {
+	patch, err := labelPatch(pod.UID, "", map[string]*string{label: new(string(pod.UID))})
+	if err != nil {
+		return err
+	}
+	if _, err := kube.Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		return fmt.Errorf("patch the pod's label: %w", err)
+	}
+	return nil
+}
+
+// unlabelIsolation takes it off if it is still that pod and ours.
+func unlabelIsolation(ctx context.Context, kube *Kube, namespace, name string, uid types.UID, label string) (bool, error) {
+	pod, err := podNow(ctx, kube, namespace, name, uid)
+	if err != nil || pod == nil || pod.Labels[label] != string(uid) {
 		return false, err
 	}
-	patch, err := labelPatch(pod.UID, "", map[string]*string{rec.Label: nil})
+	patch, err := labelPatch(pod.UID, "", map[string]*string{label: nil})
 	if err != nil {
 		return false, err
 	}
-	_, err = i.kube.Pods(rec.Namespace).Patch(ctx, rec.Pod, types.MergePatchType, patch, metav1.PatchOptions{})
+	_, err = kube.Pods(namespace).Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{})
 	if isGone(err) {
 		return false, nil
 	}

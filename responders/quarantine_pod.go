@@ -59,7 +59,7 @@ isolation. The pod serves again. Its controller may take it back, has one pod to
 then, and deletes one, perhaps this one; it surely does after a rollout, since the
 ReplicaSet of an older revision wants no pods at all. Look into it before you undo.`,
 		Params:   param.Describe(isolatePodDefaults()),
-		RBAC:     quarantinePodGrants(nil),
+		RBAC:     quarantineRBAC(isolatePod().RBAC),
 		Grants:   quarantinePodGrants,
 		Kind:     Harm,
 		Object:   PodObject,
@@ -77,7 +77,11 @@ ReplicaSet of an older revision wants no pods at all. Look into it before you un
 // quarantinePodGrants are those of the isolation, and of what comes after it.
 func quarantinePodGrants(params json.RawMessage) []rbacv1.PolicyRule {
 	isolate := isolatePod()
-	return append(isolate.permissions(params),
+	return quarantineRBAC(isolate.permissions(params))
+}
+
+func quarantineRBAC(isolation []rbacv1.PolicyRule) []rbacv1.PolicyRule {
+	return append(isolation,
 		rbacv1.PolicyRule{APIGroups: []string{"apps"}, Resources: []string{"replicasets", "daemonsets"}, Verbs: []string{"get"}},
 		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}})
 }

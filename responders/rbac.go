@@ -244,7 +244,7 @@ func clusterScoped(group, resource string) bool {
 		"certificates.k8s.io":          {"certificatesigningrequests", "clustertrustbundles"},
 		"cilium.io":                    {"ciliumclusterwidenetworkpolicies"},
 		"crd.projectcalico.org":        {"globalnetworkpolicies", "globalnetworksets", "tiers"},
-		"projectcalico.org":            {"globalnetworkpolicies", "globalnetworksets", "tiers"},
+		"projectcalico.org":            {"globalnetworkpolicies", "globalnetworksets", "tier.globalnetworkpolicies", "tiers"},
 		"flowcontrol.apiserver.k8s.io": {"flowschemas", "prioritylevelconfigurations"},
 		"networking.k8s.io":            {"ingressclasses"},
 		"node.k8s.io":                  {"runtimeclasses"},

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -47,6 +48,7 @@ type Server struct {
 	events    []event
 	changed   chan struct{}
 	forbidden map[string]bool // "verb resource", for stoop
+	removed   map[string]bool // groups that are not served
 	finished  chan struct{}
 	onExec    func(c Command, stdout, stderr io.Writer) int
 	onUpgrade http.HandlerFunc
@@ -72,7 +74,7 @@ const (
 func NewServer(t testing.TB) *Server {
 	s := &Server{
 		objects: map[string]map[string]object{}, changed: make(chan struct{}),
-		forbidden: map[string]bool{}, finished: make(chan struct{}),
+		forbidden: map[string]bool{}, removed: map[string]bool{}, finished: make(chan struct{}),
 	}
 	s.http = httptest.NewServer(s)
 	t.Cleanup(func() {
@@ -143,6 +145,21 @@ var kinds = []struct {
 	{"rbac.authorization.k8s.io", "clusterroles", "ClusterRole", true, false},
 	{"rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding", true, false},
 	{"autoscaling", "horizontalpodautoscalers", "HorizontalPodAutoscaler", false, false},
+	{"cilium.io", "ciliumnetworkpolicies", "CiliumNetworkPolicy", false, false},
+	{"projectcalico.org", "globalnetworkpolicies", "GlobalNetworkPolicy", true, false},
+	{"policy.networking.k8s.io", "clusternetworkpolicies", "ClusterNetworkPolicy", true, false},
+}
+
+// versionOf is the version of a group, v1 if it is not another.
+func versionOf(group string) string {
+	return cmp.Or(map[string]string{"cilium.io": "v2", "projectcalico.org": "v3", "policy.networking.k8s.io": "v1alpha2"}[group], "v1")
+}
+
+// Remove has the server serve a group no more.
+func (s *Server) Remove(group string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.removed[group] = true
 }
 
 func kindOf(resource string) string {
@@ -160,12 +177,12 @@ func discover(path string) (any, bool) {
 	group := ""
 	switch {
 	case len(p) == 2 && p[0] == "api" && p[1] == "v1":
-	case len(p) == 2 && p[0] == "apis", len(p) == 3 && p[0] == "apis" && p[2] == "v1":
+	case len(p) == 2 && p[0] == "apis", len(p) == 3 && p[0] == "apis" && p[2] == versionOf(p[1]):
 		group = p[1]
 	default:
 		return nil, false
 	}
-	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{Kind: "APIResourceList", APIVersion: "v1"}, GroupVersion: strings.TrimPrefix(group+"/v1", "/")}
+	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{Kind: "APIResourceList", APIVersion: "v1"}, GroupVersion: apiVersion(group)}
 	for _, k := range kinds {
 		if k.group != group {
 			continue
@@ -179,7 +196,7 @@ func discover(path string) (any, bool) {
 		return nil, false
 	}
 	if len(p) == 2 && p[0] == "apis" {
-		v := metav1.GroupVersionForDiscovery{GroupVersion: group + "/v1", Version: "v1"}
+		v := metav1.GroupVersionForDiscovery{GroupVersion: apiVersion(group), Version: versionOf(group)}
 		return metav1.APIGroup{
 			TypeMeta: metav1.TypeMeta{Kind: "APIGroup", APIVersion: "v1"},
 			Name:     group, Versions: []metav1.GroupVersionForDiscovery{v}, PreferredVersion: v,
@@ -232,6 +249,14 @@ func read(r *http.Request) (call, bool) {
 }
 
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	p := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
+	removed := len(p) > 1 && p[0] == "apis" && s.removed[p[1]]
+	s.mu.Unlock()
+	if removed {
+		reply(w, http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, "the server could not find the requested resource"))
+		return
+	}
 	if answer, ok := discover(r.URL.Path); ok {
 		reply(w, http.StatusOK, answer)
 		return
@@ -593,7 +618,7 @@ func apiVersion(group string) string {
 	if group == "" {
 		return "v1"
 	}
-	return group + "/v1"
+	return group + "/" + versionOf(group)
 }
 
 func (s *Server) store(c call, key string, o object, kind string) {
