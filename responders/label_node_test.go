@@ -2,6 +2,7 @@ package responders_test
 
 import (
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -46,6 +47,27 @@ func TestLabelNode(t *testing.T) {
 	a.undo("s1", res)
 	if got := now().Labels; len(got) != 1 || got["zone"] != "a" {
 		t.Errorf("after undo: labels %v", got)
+	}
+}
+
+// What somebody else sets in the very moment is what undo puts back.
+func TestLabelNodeThatOthersLabel(t *testing.T) {
+	f := newFleet(t, "a")
+	once := false
+	var s *nodeStoop
+	s = f.stoop("a", func(r *http.Request) {
+		if r.Method == http.MethodPatch && !once {
+			once = true
+			s.edit(func(n *corev1.Node) { metav1.SetMetaDataLabel(&n.ObjectMeta, "suspect", "maybe") })
+		}
+	})
+	_, err := s.act(t.Context(), "label-node", "s1", `labels: {suspect: "yes"}`)
+	if _, retry, _, reason := responders.Classify(err); !retry || s.now().Labels["suspect"] != "maybe" {
+		t.Errorf("retry %t (%s), labels %v", retry, reason, s.now().Labels)
+	}
+	res := s.must("label-node", "s1", `labels: {suspect: "yes"}`)
+	if s.undo("label-node", "s1", res); s.now().Labels["suspect"] != "maybe" {
+		t.Errorf("after undo: labels %v", s.now().Labels)
 	}
 }
 
