@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -288,17 +289,27 @@ func showText(w io.Writer, r io.Reader, name string) error {
 	if isBinary(head) {
 		return fmt.Errorf("%s is no text: send it to a file or a program (> FILE)", clean(name))
 	}
+	rest := "" // the beginning of a character whose end did not fit the buffer
 	for {
 		line, err := in.ReadSlice('\n')
-		if len(line) > 0 {
-			text := string(line)
-			end := ""
-			if n := len(text); text[n-1] == '\n' {
-				text, end = text[:n-1], "\n"
+		text, end := strings.CutSuffix(rest+string(line), "\n")
+		rest = ""
+		if errors.Is(err, bufio.ErrBufferFull) {
+			for i := 1; i < utf8.UTFMax && i < len(text); i++ {
+				if at := len(text) - i; utf8.RuneStart(text[at]) {
+					if !utf8.FullRuneInString(text[at:]) {
+						text, rest = text[:at], text[at:]
+					}
+					break
+				}
 			}
-			if _, werr := io.WriteString(w, clean(text)+end); werr != nil {
-				return werr
-			}
+		}
+		text = clean(text)
+		if end {
+			text += "\n"
+		}
+		if _, werr := io.WriteString(w, text); werr != nil {
+			return werr
 		}
 		switch {
 		case errors.Is(err, io.EOF):

@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -90,8 +89,18 @@ type About struct {
 
 func (a About) key() string { return a.Responder + "\x00" + a.Target }
 
-// stepForm is what a step's id may be, and so the name of a folder.
-var stepForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$`)
+// isStep reports whether a step's id may be the name of a folder.
+func isStep(id string) bool {
+	for i := range len(id) {
+		switch c := id[i]; {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9':
+		case i > 0 && (c == '-' || c == '_'):
+		default:
+			return false
+		}
+	}
+	return id != "" && len(id) <= 128
+}
 
 // Open makes the folder, and takes stock of what an earlier process left.
 func Open(c Config) (*Store, error) {
@@ -182,7 +191,7 @@ func (s *Store) steps() ([]string, error) {
 	}
 	var steps []string
 	for _, e := range entries {
-		if e.IsDir() && stepForm.MatchString(e.Name()) {
+		if e.IsDir() && isStep(e.Name()) {
 			steps = append(steps, e.Name())
 		}
 	}
@@ -243,7 +252,7 @@ func (s *Store) Used() int64 {
 // finished one says so in its manifest, and of one that was cut off the pieces
 // that are there stay. [ErrFull] and [ErrEnough] say that none is kept.
 func (s *Store) Begin(ctx context.Context, a About) (*Case, error) {
-	if !stepForm.MatchString(a.Step) {
+	if !isStep(a.Step) {
 		return nil, fmt.Errorf("a step's id of %d characters names no folder of evidence", len(a.Step))
 	}
 	if err := ctx.Err(); err != nil {

@@ -51,7 +51,7 @@ func (s *Store) Cases() ([]Manifest, error) {
 
 // Case is the manifest of a step's case, or [ErrNoCase].
 func (s *Store) Case(step string) (Manifest, error) {
-	if !stepForm.MatchString(step) {
+	if !isStep(step) {
 		return Manifest{}, fmt.Errorf("%.40q: %w", step, ErrNoCase)
 	}
 	m, err := s.manifest(step)

@@ -377,3 +377,14 @@ func TestDropAndDoubt(t *testing.T) {
 	}
 	verified(t, s, "s1")
 }
+
+func TestWhichStepsNameAFolder(t *testing.T) {
+	for id, want := range map[string]bool{
+		"4f1c0e": true, "A-b_9": true, strings.Repeat("x", 128): true,
+		"": false, "-a": false, "_": false, ".": false, "..": false, "a/b": false, "a.b": false, "é": false, "a\x00": false, strings.Repeat("x", 129): false,
+	} {
+		if isStep(id) != want {
+			t.Errorf("%q: %t", id, !want)
+		}
+	}
+}
