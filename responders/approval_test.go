@@ -264,6 +264,8 @@ func TestAnApprovalNamesTheNode(t *testing.T) {
 	e.Object = NodeObject
 	b := newBench(t, brokertest.New(t), e)
 	b.config.Env.Node, b.config.Env.Kube, b.config.Pods = "n1", &Kube{}, &Pods{} // so that there is a cluster
+	told := make(chan string, 1)
+	b.config.Tell = func(_, detail string) { told <- detail }
 	b.start()
 	s := b.asking("one")
 	s.Target.Namespace, s.Target.Pod = "shop", "web-0"
@@ -271,9 +273,8 @@ func TestAnApprovalNamesTheNode(t *testing.T) {
 	if a := b.waits(s.ID); a.Object != "node n1" {
 		t.Errorf("%+v", a)
 	}
-	b.stop()
-	if told := strings.Join(b.told, " "); !strings.Contains(told, "wants one of node n1 (after an alert of pod shop/web-0)") {
-		t.Errorf("people were told %q", told)
+	if got := <-told; !strings.Contains(got, "wants one of node n1 (after an alert of pod shop/web-0)") {
+		t.Errorf("people were told %q", got)
 	}
 }
 
