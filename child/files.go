@@ -195,7 +195,8 @@ func (s *search) trouble(what string, err error) error {
 }
 
 // open opens what a path means in the container's root, and never leaves that: a link
-// to / is one to the container's, and those of /proc are not followed.
+// to / is one to the container's, and those of /proc are not followed (the first flag
+// has that too, for now, as openat2(2) says).
 func (s *search) open(name string, flags uint64) (*os.File, error) {
 	fd, err := unix.Openat2(int(s.root.Fd()), name, &unix.OpenHow{
 		Flags: flags | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,

@@ -23,7 +23,6 @@ type Packets struct {
 	InHost  int // processes of the container's in the host's network, which is not seen
 	sock    *os.File
 	filter  PacketFilter
-	end     time.Time
 	off     func() bool
 	pending []byte
 	frame   []byte
@@ -57,13 +56,13 @@ func (n *Node) Packets(ctx context.Context, c *Container, filter PacketFilter, d
 	}
 	defer closeAll(nets)
 	p := &Packets{
-		Beyond: len(nets) - 1, InHost: inHost, filter: filter, end: time.Now().Add(d),
+		Beyond: len(nets) - 1, InHost: inHost, filter: filter,
 		frame: make([]byte, packetMost), oob: make([]byte, 256),
 	}
 	if err := nets[0].run(p.open); err != nil {
 		return nil, fmt.Errorf("record the network of container %s: %w", c.ID, err)
 	}
-	if err := p.sock.SetReadDeadline(p.end); err != nil {
+	if err := p.sock.SetReadDeadline(time.Now().Add(d)); err != nil {
 		p.sock.Close()
 		return nil, fmt.Errorf("record the network of container %s: %w", c.ID, err)
 	}
@@ -161,17 +160,9 @@ func (p *Packets) next() error {
 	case err != nil:
 		return fmt.Errorf("read a packet: %w", err)
 	case errors.Is(rerr, unix.ENETDOWN), errors.Is(rerr, unix.EINTR):
-		// An interface went down.
+		return nil // an interface went down
 	case rerr != nil:
 		return fmt.Errorf("read a packet: %w", rerr)
-	}
-	if rerr != nil || !time.Now().Before(p.end) {
-		// Under a flood there is always one more: the deadline of the socket alone
-		// would never be seen.
-		if time.Now().Before(p.end) {
-			return nil
-		}
-		return io.EOF
 	}
 	link, ok := from.(*unix.SockaddrLinklayer)
 	const loopback = 772 // ARPHRD_LOOPBACK

@@ -88,7 +88,7 @@ func (p captureFilesParams) Validate() error {
 		case !path.IsAbs(name), strings.ContainsRune(name, 0), len(name) >= pathMost:
 			return fmt.Errorf("paths: %s is no absolute path", param.Cut(name))
 		case slices.Contains(strings.Split(name, "/"), ".."):
-			return fmt.Errorf("paths: %s: write the path without ..", param.Cut(name))
+			return fmt.Errorf("paths: %s leads upwards (..): write it without that", param.Cut(name))
 		}
 	}
 	return nil

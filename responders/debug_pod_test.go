@@ -1,6 +1,7 @@
 package responders_test
 
 import (
+	"net/http"
 	"strings"
 	"testing"
 
@@ -58,3 +59,55 @@ func TestDebugPod(t *testing.T) {
 		}
 	}
 }
+
+// A pod that ends gets no container more, and one that changed since it was read is
+// read again: the list that is written is the whole list.
+func TestDebugPodMeanwhile(t *testing.T) {
+	between := func() {}
+	p := newInPod(t, func(next http.RoundTripper) http.RoundTripper {
+		return tripperFunc(func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodPatch {
+				between()
+			}
+			return next.RoundTrip(req)
+		})
+	})
+	pods := p.server.Admin().CoreV1().Pods("shop")
+	r := p.responder("debug-pod")
+	act := func(id string) error {
+		_, err := r.Act(t.Context(), p.request("debug-pod", id, `{"image":"example.com/tools:1"}`, nil))
+		return err
+	}
+	between = func() {
+		now, err := pods.Get(t.Context(), "web-0", metav1.GetOptions{})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		now.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "somebody-s"}}}
+		if _, err := pods.UpdateEphemeralContainers(t.Context(), "web-0", now, metav1.UpdateOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, retry, _, reason := responders.Classify(act("s1")); !retry {
+		t.Errorf("a container that somebody added meanwhile: %s, want another try", reason)
+	}
+	between = func() {}
+	if err := act("s1"); err != nil {
+		t.Error(err)
+	}
+	now, err := pods.Get(t.Context(), "web-0", metav1.GetOptions{})
+	if err != nil || len(now.Spec.EphemeralContainers) != 2 {
+		t.Errorf("the ephemeral containers are %+v, %v", now.Spec.EphemeralContainers, err)
+	}
+	if err := pods.Delete(t.Context(), "web-0", metav1.DeleteOptions{}); err != nil { // it ends, and is there
+		t.Fatal(err)
+	}
+	if status, _, _, reason := responders.Classify(act("s2")); status != broker.Nothing {
+		t.Errorf("a pod that ends: %s (%s)", status, reason)
+	}
+}
+
+type tripperFunc func(*http.Request) (*http.Response, error)
+
+func (f tripperFunc) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
