@@ -286,6 +286,17 @@ func TestBudgetShares(t *testing.T) {
 			t.Errorf("n0 is back and has not its own: %s", p.stored)
 		}
 	})
+	t.Run("a report whose answer is lost counts once", func(t *testing.T) {
+		p := play(t, Rate{20, time.Minute}, 1)
+		p.update(0, false, false, true, true)
+		p.use(0, true)
+		p.update(0, false, false, true, false)
+		p.update(0, false, false, true, true)
+		b := &budget{}
+		if err := json.Unmarshal([]byte(p.stored), b); err != nil || len(b.Spent) != 1 || b.held() != 2 {
+			t.Errorf("want one spent and two held, error %v: %s", err, p.stored)
+		}
+	})
 	t.Run("times that can't be", func(t *testing.T) {
 		p := play(t, Rate{1, time.Minute}, 1)
 		p.stored = `{"spent":[{"node":"x","at":"2999-01-01T00:00:00Z"}]}`
