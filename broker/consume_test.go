@@ -50,3 +50,20 @@ func TestAConsumerConnectsWhenThereIsSomethingToConsume(t *testing.T) {
 		t.Errorf("%d connections more, want 2", n-before)
 	}
 }
+
+// A step whose responder has no consumer yet, since the store failed right after it,
+// is taken along to the next store.
+func TestUnfinishedStepsOfAResponderWithoutAConsumer(t *testing.T) {
+	b := brokertest.New(t)
+	if err := b.OpenSteps(t.Context(), "new"); err != nil {
+		t.Fatal(err)
+	}
+	s := &broker.Step{ID: "one", Action: broker.Action{Responder: "new"}}
+	if _, err := b.PublishStep(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	steps, err := b.UnfinishedSteps(t.Context())
+	if err != nil || len(steps) != 1 || steps[0].ID != "one" {
+		t.Errorf("%v, %v", steps, err)
+	}
+}

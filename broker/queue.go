@@ -44,6 +44,19 @@ func (q *queues) get(responder string) *queue {
 	return q.of[responder]
 }
 
+// waiting are the responders for which something waits.
+func (q *queues) waiting() map[string]bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	all := map[string]bool{}
+	for name, queue := range q.of {
+		if queue.waiting() > 0 {
+			all[name] = true
+		}
+	}
+	return all
+}
+
 // queue counts the steps that wait for, or are with, a responder. Each is known
 // by its id, so that none is counted in or out twice, however often it is given
 // and acknowledged.

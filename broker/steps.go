@@ -242,12 +242,13 @@ func stepsConsumer(responder string) jetstream.ConsumerConfig {
 	}
 }
 
-// OpenSteps makes a responder's consumer, before anything is routed to it, and
-// counts what an earlier process left for it.
+// OpenSteps counts what an earlier process left for a responder, before anything is
+// routed to it. One that never had a step has no consumer yet.
 func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
 	c, err := b.js.Consumer(ctx, StreamActions, responder)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		c, err = b.js.CreateConsumer(ctx, StreamActions, stepsConsumer(responder))
+		b.queues.get(responder).set(0)
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("consumer %s of %s: %w", responder, StreamActions, err)
@@ -354,12 +355,8 @@ func (b *Broker) UnfinishedSteps(ctx context.Context) ([]*Step, error) {
 		return nil, fmt.Errorf("read the unfinished steps: %w", err)
 	}
 	var out []*Step
-	list := s.ListConsumers(ctx)
-	for c := range list.Info() {
-		if c.NumPending == 0 && c.NumAckPending == 0 {
-			continue
-		}
-		err := b.since(ctx, StreamActions, c.Config.FilterSubject, c.AckFloor.Stream+1, func(m jetstream.Msg) error {
+	read := func(responder, subject string, from uint64) error {
+		err := b.since(ctx, StreamActions, subject, from, func(m jetstream.Msg) error {
 			step := &Step{}
 			if err := json.Unmarshal(m.Data(), step); err != nil {
 				return nil
@@ -368,10 +365,30 @@ func (b *Broker) UnfinishedSteps(ctx context.Context) ([]*Step, error) {
 			return nil
 		})
 		if err != nil {
-			return out, fmt.Errorf("read the unfinished steps of %s: %w", c.Name, err)
+			return fmt.Errorf("read the unfinished steps of %s: %w", responder, err)
+		}
+		return nil
+	}
+	waiting := b.queues.waiting()
+	list := s.ListConsumers(ctx)
+	for c := range list.Info() {
+		delete(waiting, c.Name)
+		if c.NumPending == 0 && c.NumAckPending == 0 {
+			continue
+		}
+		if err := read(c.Name, c.Config.FilterSubject, c.AckFloor.Stream+1); err != nil {
+			return out, err
 		}
 	}
-	return out, list.Err()
+	if err := list.Err(); err != nil {
+		return out, err
+	}
+	for responder := range waiting { // the store failed before it had a consumer
+		if err := read(responder, StepSubject(responder, "*"), 1); err != nil {
+			return out, err
+		}
+	}
+	return out, nil
 }
 
 // held are the messages that somebody works on.
