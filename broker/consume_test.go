@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"testing"
+	"time"
 
 	"stoop/broker"
 	"stoop/broker/brokertest"
@@ -65,5 +66,42 @@ func TestUnfinishedStepsOfAResponderWithoutAConsumer(t *testing.T) {
 	steps, err := b.UnfinishedSteps(t.Context())
 	if err != nil || len(steps) != 1 || steps[0].ID != "one" {
 		t.Errorf("%v, %v", steps, err)
+	}
+}
+
+// The process is killed between a responder's first step and its consumer: the next
+// one finds the step.
+func TestAStepWhoseConsumerWasNeverMade(t *testing.T) {
+	dir := t.TempDir()
+	b := brokertest.Open(t, broker.Config{Dir: dir})
+	if err := b.OpenSteps(t.Context(), "new"); err != nil {
+		t.Fatal(err)
+	}
+	s := &broker.Step{ID: "one", Action: broker.Action{Responder: "new"}}
+	if _, err := b.PublishStep(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+
+	b = brokertest.Open(t, broker.Config{Dir: dir})
+	for _, r := range []string{"new", "newer"} {
+		if err := b.OpenSteps(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, none := b.Waiting("new"), b.Waiting("newer"); n != 1 || none != 0 {
+		t.Errorf("%d and %d steps wait, want 1 and none", n, none)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var got []string
+	if err := b.ConsumeSteps(ctx, "new", 1, func(_ context.Context, d *broker.Delivery) {
+		got = append(got, d.Step.ID)
+		if err := d.Ack(); err != nil {
+			t.Error(err)
+		}
+		cancel()
+	}); err != nil || len(got) != 1 || got[0] != "one" {
+		t.Errorf("consumed %v, error %v", got, err)
 	}
 }

@@ -39,6 +39,9 @@ const (
 	trimAbove = 16 << 20
 )
 
+// ErrTooLarge says that a step is more than a message may hold.
+var ErrTooLarge = errors.New("the step is too large for a message")
+
 // Waiting is how many steps wait for, or are with, a responder.
 func (b *Broker) Waiting(responder string) int64 { return b.queues.get(responder).waiting() }
 
@@ -173,6 +176,9 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 		return true, nil
 	}
 	b.refused(stepAck{step: s, counted: counted}, isDuplicate(err))
+	if errors.Is(err, nats.ErrMaxPayload) {
+		return false, fmt.Errorf("%w: %d bytes, with all that the steps before found", ErrTooLarge, len(m.Data))
+	}
 	if isDuplicate(err) {
 		return false, nil
 	}
@@ -243,18 +249,27 @@ func stepsConsumer(responder string) jetstream.ConsumerConfig {
 }
 
 // OpenSteps counts what an earlier process left for a responder, before anything is
-// routed to it. One that never had a step has no consumer yet.
+// routed to it. One that never had a step has no consumer yet, and one that had its
+// first when that process was killed may have none either.
 func (b *Broker) OpenSteps(ctx context.Context, responder string) error {
 	c, err := b.js.Consumer(ctx, StreamActions, responder)
-	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		b.queues.get(responder).set(0)
+	switch {
+	case err == nil:
+		info := c.CachedInfo()
+		b.queues.get(responder).set(int64(info.NumPending) + int64(info.NumAckPending))
 		return nil
-	}
-	if err != nil {
+	case !errors.Is(err, jetstream.ErrConsumerNotFound):
 		return fmt.Errorf("consumer %s of %s: %w", responder, StreamActions, err)
 	}
-	info := c.CachedInfo()
-	b.queues.get(responder).set(int64(info.NumPending) + int64(info.NumAckPending))
+	s, err := b.js.Stream(ctx, StreamActions)
+	if err != nil {
+		return fmt.Errorf("steps left for %s: %w", responder, err)
+	}
+	info, err := s.Info(ctx, jetstream.WithSubjectFilter(StepSubject(responder, "*")))
+	if err != nil {
+		return fmt.Errorf("steps left for %s: %w", responder, err)
+	}
+	b.queues.get(responder).set(int64(len(info.State.Subjects)))
 	return nil
 }
 

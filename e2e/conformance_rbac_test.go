@@ -101,7 +101,9 @@ func rbacCases() []conformance.Case {
 		},
 		{
 			Responder: "revoke-access", Name: "revoke-access of the pod", Object: responders.PodObject,
-			Params: func(testing.TB) (string, func() int) { return `{"from":"pod","bind":["ClusterRole/cluster-admin"]}`, nil },
+			Params: func(testing.TB) (string, func() int) {
+				return `{"from":"pod","bind":["ClusterRole/cluster-admin"]}`, nil
+			},
 			Prepare: func(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
 				bind(t, w, pod, mallory, account(pod))
 				return nil

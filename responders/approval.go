@@ -194,14 +194,7 @@ func (r *running) asks(s *broker.Step) bool {
 // "" for one that doesn't, or was approved.
 func (h *Host) approval(ctx context.Context, r *running, req *Request) (status broker.Status, reason string, again time.Duration) {
 	s := req.Step
-	if s.Approved != nil {
-		// It is settled, also where stoop was killed before it could say so.
-		if err := h.approvals.end(ctx, s.ID); err != nil {
-			h.Log.Error("that a step was approved could not be stored", "step", s.ID, "error", err)
-		}
-		return "", "", 0
-	}
-	if !r.asks(s) {
+	if s.Approved != nil || !r.asks(s) {
 		return "", "", 0
 	}
 	about := act{Rule: s.Rule, Responder: s.Responder, Object: object(r, req)}

@@ -85,7 +85,12 @@ func TestRegistry(t *testing.T) {
 		if !strings.HasSuffix(e.Doc, ".") || e.Notes == "" || e.Params == nil || e.New == nil {
 			t.Errorf("%s lacks its doc, notes, parameters or constructor", e.Name)
 		}
-		if e.Deadline <= 0 || e.Deadline > time.Minute {
+		most := time.Minute
+		switch e.Name {
+		case "drain-node", "exec-in-pod", "capture-files", "capture-packets", "checkpoint-container":
+			most = 61 * time.Minute // as long as the rule says
+		}
+		if e.Deadline <= 0 || e.Deadline > most {
 			t.Errorf("%s: a try may take %s", e.Name, e.Deadline)
 		}
 		cluster := e.Object == responders.PodObject || e.Object == responders.NodeObject || e.Object == responders.ResourceObject

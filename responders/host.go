@@ -225,6 +225,12 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		return
 	}
 	defer h.underway.Delete(s.ID)
+	if s.Approved != nil {
+		// It waits no more, also where stoop was killed before it could say so.
+		if err := h.approvals.end(ctx, s.ID); err != nil {
+			h.Log.Error("that a step was approved could not be stored", "step", s.ID, "error", err)
+		}
+	}
 	if rec := h.ledger.get(s.ID); rec != nil && rec.Status != "" {
 		// An earlier process did it and was killed before it could say so.
 		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)
@@ -622,7 +628,7 @@ func (h *Host) next(ctx context.Context, s *broker.Step, status broker.Status, r
 			continue
 		}
 		_, err := h.Broker.PublishStep(ctx, n)
-		if !errors.Is(err, broker.ErrQueueFull) {
+		if !errors.Is(err, broker.ErrQueueFull) && !errors.Is(err, broker.ErrTooLarge) {
 			return err
 		}
 		h.record(n.Outcome(broker.Failed, err.Error())) // the one after it may be for a responder that has room

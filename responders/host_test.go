@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -603,4 +604,27 @@ func copyStore(t *testing.T, from, to string) {
 		}
 	}
 	t.Fatal(err)
+}
+
+// A step that can't be stored for its size ends as failed: nothing makes it smaller.
+func TestAStepThatIsTooLargeEnds(t *testing.T) {
+	one := &stub{do: func(int, *Request) (Result, error) {
+		return Result{Found: map[string]string{"much": strings.Repeat("x", 5<<20)}}, nil
+	}}
+	two := &stub{}
+	b := newBench(t, brokertest.New(t), entry("one", Evidence, one), entry("two", Evidence, two)).start()
+	s := b.step("one", "two")
+	b.publish(s)
+	// The first one's own outcome is too large as well, and only logged.
+	if o := b.outcomes(1)[0]; o.Responder != "two" || o.Status != broker.Failed || !strings.Contains(o.Reason, "too large") {
+		t.Errorf("outcome %.300v", o)
+	}
+	for end := time.Now().Add(10 * time.Second); b.broker.Waiting("one")+b.broker.Waiting("two") > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d and %d steps wait for ever", b.broker.Waiting("one"), b.broker.Waiting("two"))
+		}
+	}
+	if one.calls() != 1 || two.calls() != 0 {
+		t.Errorf("done %d and %d times", one.calls(), two.calls())
+	}
 }

@@ -154,11 +154,14 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 			{cluster, "watch", core, "pods", true}, {cluster, "delete", core, "pods", false},
 		}},
 		{"in two namespaces", []responders.Planned{step("delete-pod", "", "a", "b")}, []string{"Role a", "Role b"}, []want{
-			{"Role a", "delete", core, "pods", true}, {"Role b", "delete", core, "pods", true}, {cluster, "delete", core, "pods", false},
+			{"Role a", "delete", core, "pods", true},
+			{"Role b", "delete", core, "pods", true},
+			{cluster, "delete", core, "pods", false},
 			// The ClusterRole has it already.
 			{"Role a", "get", core, "pods", false},
 			// The responder that takes its place.
-			{"Role a", "create", network, "networkpolicies", true}, {cluster, "create", network, "networkpolicies", false},
+			{"Role a", "create", network, "networkpolicies", true},
+			{cluster, "create", network, "networkpolicies", false},
 		}},
 		{"in one and in all", []responders.Planned{step("delete-pod", "", "a"), step("delete-pod", "")}, nil, []want{
 			{cluster, "delete", core, "pods", true}, {cluster, "create", network, "networkpolicies", true},
@@ -173,13 +176,19 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 			{cluster, "delete", core, "secrets", true}, {cluster, "delete", "apps", "deployments", true}, {cluster, "delete", core, "configmaps", false}, {cluster, "list", core, "secrets", false},
 		}},
 		{"an audit event of one namespace", []responders.Planned{step("delete-resource", `{"kinds":["secrets","clusterroles.rbac.authorization.k8s.io"]}`, "a")}, []string{"Role a"}, []want{
-			{"Role a", "delete", core, "secrets", true}, {cluster, "delete", core, "secrets", false},
+			{"Role a", "delete", core, "secrets", true},
+			{cluster, "delete", core, "secrets", false},
 			// What has a namespace is no ClusterRole.
-			{cluster, "delete", rbac, "clusterroles", false}, {"Role a", "delete", rbac, "clusterroles", false},
+			{cluster, "delete", rbac, "clusterroles", false},
+			{"Role a", "delete", rbac, "clusterroles", false},
 		}},
 		{"revoke the rights that the alert names", []responders.Planned{step("revoke-access", "")}, nil, []want{
-			{cluster, "delete", rbac, "clusterrolebindings", true}, {cluster, "delete", rbac, "rolebindings", true},
-			{cluster, "list", rbac, "rolebindings", false}, {cluster, "create", rbac, "rolebindings", false}, {cluster, "patch", rbac, "rolebindings", false}, {cluster, "bind", rbac, "clusterroles", false},
+			{cluster, "delete", rbac, "clusterrolebindings", true},
+			{cluster, "delete", rbac, "rolebindings", true},
+			{cluster, "list", rbac, "rolebindings", false},
+			{cluster, "create", rbac, "rolebindings", false},
+			{cluster, "patch", rbac, "rolebindings", false},
+			{cluster, "bind", rbac, "clusterroles", false},
 		}},
 		{"and give them back", []responders.Planned{step("revoke-access", `{"bind":["ClusterRole/view"]}`, "a")}, []string{"Role a"}, []want{
 			{"Role a", "create", rbac, "rolebindings", true}, {"Role a", "bind", rbac, "clusterroles", true}, {cluster, "bind", rbac, "clusterroles", false},
