@@ -162,7 +162,7 @@ type APILimits struct {
 	Rule      Rate `param:"rule" doc:"By one rule on this node."`
 	Namespace Rate `param:"namespace" doc:"In one namespace on this node. Alerts below Critical get three quarters of it."`
 	Node      Rate `param:"node" doc:"On this node. A namespace gets at most half of it, and alerts below Critical three quarters."`
-	Cluster   Rate `param:"cluster" doc:"By all nodes of the cluster together, at most 2000. A node gets at most a quarter of it, but one step at least, and alerts below Critical three quarters."`
+	Cluster   Rate `param:"cluster" doc:"By all nodes of the cluster together, at most 2000. A node gets at most a quarter of it, but one step at least, a namespace at most half of it and of the node's quarter, and alerts below Critical three quarters of each."`
 }
 
 func (l APILimits) rates() responders.Limits { return Limits{l.Rule, l.Namespace, l.Node}.rates() }
@@ -247,6 +247,17 @@ type HTTP struct {
 type Log struct {
 	Level  string `param:"level" oneof:"debug info warn error" doc:"The least that is said."`
 	Format string `param:"format" oneof:"auto text json" doc:"auto: text on a terminal, JSON otherwise."`
+}
+
+// Validate says what of a configuration can't be.
+func (c Config) Validate() error {
+	if c.Guard.Limits.Cluster.N == 0 {
+		return nil
+	}
+	if err := responders.CheckFleetLimit(responders.Rate(c.Guard.Limits.Cluster)); err != nil {
+		return fmt.Errorf("guard.limits.cluster: %w", err)
+	}
+	return nil
 }
 
 // defaultPipe is where Falco's alerts come from when nothing else is said.

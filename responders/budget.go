@@ -35,6 +35,7 @@ type spending struct {
 	Node  string    `json:"node"`
 	At    time.Time `json:"at"` // not before it was used
 	Other bool      `json:"other,omitempty"`
+	Space string    `json:"ns,omitempty"` // the namespace, see spaceOf; "" of an act in none
 }
 
 // queued is a node that was refused for want of credit. What is free next is kept
@@ -76,6 +77,9 @@ const waitingMost = 1000
 
 // share is how much of the budget one node may have within a window.
 func (t *terms) share() int { return max(1, t.limit.N/4) }
+
+// half is how much of n one namespace may have within a window.
+func half(n int) int { return (n + 1) / 2 }
 
 // other is how much of n alerts below Critical may have.
 func other(n int) int { return n - n/4 }
@@ -148,6 +152,43 @@ func (b *budget) gone() (tally, map[string]tally) {
 		add(s.Node, 1, o)
 	}
 	return all, nodes
+}
+
+// crowded is why a namespace gets no further credit, or "". Whoever may make pods
+// in it can raise as many alerts as they like: what they use up is never all, neither
+// of the cluster's nor of one node's.
+func (b *budget) crowded(t *terms, node, space string, urgent bool) string {
+	if space == "" {
+		return ""
+	}
+	var all, here tally
+	for _, s := range b.Spent {
+		if s.Space != space {
+			continue
+		}
+		o := 0
+		if s.Other {
+			o = 1
+		}
+		all.add(1, o)
+		if s.Node == node {
+			here.add(1, o)
+		}
+	}
+	per := ago(t.limit.Per)
+	for _, m := range []struct {
+		had  tally
+		n    int
+		whom string
+	}{{all, t.limit.N, "the whole cluster"}, {here, t.share(), "this node"}} {
+		switch most := half(m.n); {
+		case m.had.all >= most:
+			return fmt.Sprintf("namespace %s has had %d of the %d harmful steps that %s may do within %s, and no namespace gets more than half", space, m.had.all, m.n, m.whom, per)
+		case !urgent && m.had.other >= other(most):
+			return fmt.Sprintf("alerts below Critical in namespace %s have had %d of the %d harmful steps that %s may do for one namespace within %s; the rest is for Critical", space, m.had.other, most, m.whom, per)
+		}
+	}
+	return ""
 }
 
 // held is how much all processes hold.
@@ -243,7 +284,9 @@ func (b *budget) queue(t *terms, node string, urgent bool, now time.Time) (chang
 }
 
 // prefetch gives a process credit before it needs it, as long as there is plenty:
-// one for any alert, then one for Critical ones alone.
+// one for any alert, then one for Critical ones alone. All of them hold no more than
+// a quarter, and nobody any of the last quarter: what a namespace leaves of the budget
+// must not be held by nodes that have no use for it.
 func (b *budget) prefetch(t *terms, id, node string) (changed bool) {
 	for held, c := range b.Held {
 		// What an earlier process of this node held may have been used: one
@@ -257,12 +300,13 @@ func (b *budget) prefetch(t *terms, id, node string) (changed bool) {
 		if own == nil {
 			own = &credit{Node: node}
 		}
-		most := t.limit.N / 2
+		most := t.limit.N / 4
 		if own.N == 1 {
-			most = t.limit.N / 4
+			most = t.limit.N / 8
 		}
 		forAny := own.Other < 1
-		if own.N >= 2 || b.held() >= most {
+		all, _ := b.gone()
+		if own.N >= 2 || b.held() >= most || all.all >= other(t.limit.N) {
 			return changed
 		}
 		if why, _ := b.refuses(t, node, !forAny); why != "" {

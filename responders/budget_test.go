@@ -27,6 +27,7 @@ type playedGrant struct {
 	at    time.Time
 	node  int
 	other bool
+	space string
 }
 
 // playedNode is one process after the other on a node.
@@ -34,6 +35,7 @@ type playedNode struct {
 	*Fleet
 	fresh time.Time
 	steps int
+	space string // of its next steps
 }
 
 func play(t testing.TB, limit Rate, nodes int) *played {
@@ -76,7 +78,7 @@ func (p *played) update(i int, asks, urgent, arrives, answered bool) (granted bo
 	}
 	if asks {
 		n.steps++
-		a.waiting = []*asking{{step: fmt.Sprintf("%s/%d", n.id, n.steps), urgent: urgent, answer: make(chan error, 1)}}
+		a.waiting = []*asking{{step: fmt.Sprintf("%s/%d", n.id, n.steps), space: n.space, urgent: urgent, answer: make(chan error, 1)}}
 	}
 	b.settle(&p.terms, p.now)
 	refused, changed := n.apply(b, a, p.now)
@@ -98,23 +100,24 @@ func (p *played) update(i int, asks, urgent, arrives, answered bool) (granted bo
 		n.fresh = p.now
 	}
 	n.commit(b, a, refused, p.now, changed)
-	if !asks || refused[0] != "" {
+	if !asks || refused[0].reason != "" {
 		return false
 	}
 	// It is used at the latest possible moment.
-	p.grants = append(p.grants, playedGrant{p.now.Add(p.terms.askFor), i, !urgent})
+	p.grants = append(p.grants, playedGrant{p.now.Add(p.terms.askFor), i, !urgent, n.space})
 	return true
 }
 
 // use is a step that finds credit, or not.
 func (p *played) use(i int, urgent bool) bool {
 	n := p.nodes[i]
-	if p.now.Sub(n.fresh) >= p.terms.useFor || n.left(urgent) == 0 {
+	n.server.at, n.server.local = p.now, time.Now()
+	if p.now.Sub(n.fresh) >= p.terms.useFor || n.left(urgent) == 0 || n.crowded(n.space, urgent) {
 		return false
 	}
 	n.steps++
-	n.used = append(n.used, use{spending: spending{Step: fmt.Sprintf("%s/%d", n.id, n.steps), Node: n.Node, At: p.now, Other: !urgent}})
-	p.grants = append(p.grants, playedGrant{p.now, i, !urgent})
+	n.used = append(n.used, use{spending: spending{Step: fmt.Sprintf("%s/%d", n.id, n.steps), Node: n.Node, At: p.now, Other: !urgent, Space: n.space}})
+	p.grants = append(p.grants, playedGrant{p.now, i, !urgent, n.space})
 	return true
 }
 
@@ -150,6 +153,7 @@ func TestBudgetHolds(t *testing.T) {
 		for range 20_000 {
 			p.now = p.now.Add(time.Duration(r.IntN(100)) * time.Millisecond)
 			i := r.IntN(len(p.nodes))
+			p.nodes[i].space = []string{"", "a", "a", "b", "c"}[r.IntN(5)]
 			switch k := r.IntN(1000); {
 			case k < 5:
 				p.start(i)
@@ -170,6 +174,43 @@ func TestBudgetHolds(t *testing.T) {
 		if len(p.grants) < 5 {
 			t.Errorf("seed %d: only %d steps in all: it shows nothing", seed, len(p.grants))
 		}
+	}
+}
+
+// Twenty nodes want all they can get for one namespace, and hardly anything for
+// another: in no window has the one more than half, but for what nodes held and had
+// not seen others use.
+func TestBudgetNamespaceShare(t *testing.T) {
+	limit := Rate{40, time.Minute}
+	p := play(t, limit, 20)
+	r := rand.New(rand.NewPCG(1, 3))
+	victim := 0
+	for range 20_000 {
+		p.now = p.now.Add(time.Duration(r.IntN(100)) * time.Millisecond)
+		i := r.IntN(len(p.nodes))
+		p.nodes[i].space = "mallory"
+		rare := r.IntN(500) == 0
+		if rare {
+			p.nodes[i].space = "victim"
+		}
+		switch got := p.use(i, true) || p.update(i, true, true, true, true); {
+		case rare && !got:
+			t.Fatalf("at %s an act in another namespace was held back: %s", p.now, p.stored)
+		case rare:
+			victim++
+		}
+	}
+	p.wantLimit()
+	mallory := slices.DeleteFunc(slices.Clone(p.grants), func(g playedGrant) bool { return g.space != "mallory" })
+	most, first := 0, 0
+	for i, g := range mallory {
+		for ; g.at.Sub(mallory[first].at) >= limit.Per; first++ {
+		}
+		most = max(most, i+1-first)
+	}
+	t.Logf("one namespace had %d in all and at most %d in a window, the other %d", len(mallory), most, victim)
+	if most > half(limit.N)+limit.N/4 || most < half(limit.N) {
+		t.Errorf("one namespace had %d in a window, want %d, and what is held ahead at most", most, half(limit.N))
 	}
 }
 
@@ -250,13 +291,49 @@ func TestBudgetShares(t *testing.T) {
 			t.Errorf("then %d steps of Critical ones, want at least 5", n)
 		}
 	})
-	t.Run("half is held ahead at the most", func(t *testing.T) {
+	t.Run("a namespace gets half", func(t *testing.T) {
+		for _, urgent := range []bool{true, false} {
+			p := play(t, Rate{20, time.Minute}, 12)
+			got := map[string]int{}
+			for _, space := range []string{"mallory", "victim"} {
+				for range 3 {
+					for i, n := range p.nodes {
+						p.now, n.space = p.now.Add(time.Millisecond), space
+						p.update(i, false, false, true, true) // every node knows what there is to know
+						if p.use(i, urgent) || p.update(i, true, urgent, true, true) {
+							got[space]++
+						}
+						p.update(i, false, false, true, true)
+					}
+				}
+			}
+			want := map[string]int{"mallory": 10, "victim": 5}
+			if !urgent {
+				want = map[string]int{"mallory": 8, "victim": 2}
+			}
+			if got["mallory"] != want["mallory"] || got["victim"] < want["victim"] {
+				t.Errorf("urgent %t: %v, want %v at least of the second", urgent, got, want)
+			}
+		}
+	})
+	t.Run("what was written without namespaces", func(t *testing.T) {
+		p := play(t, Rate{2, time.Minute}, 2)
+		p.stored = `{"spent":[{"step":"x","node":"x","at":"2030-01-01T00:00:00Z"}]}`
+		p.nodes[0].space = "a"
+		if !p.update(0, true, true, true, true) {
+			t.Error("it counts for the namespace")
+		}
+		if p.nodes[1].space = "b"; p.update(1, true, true, true, true) {
+			t.Error("it does not count for the cluster")
+		}
+	})
+	t.Run("a quarter is held ahead at the most", func(t *testing.T) {
 		p := play(t, Rate{20, time.Minute}, 40)
 		for i := range p.nodes {
 			p.update(i, false, false, true, true)
 		}
 		b := &budget{}
-		if err := json.Unmarshal([]byte(p.stored), b); err != nil || b.held() != 10 {
+		if err := json.Unmarshal([]byte(p.stored), b); err != nil || b.held() != 5 {
 			t.Errorf("%d are held, error %v: %s", b.held(), err, p.stored)
 		}
 	})

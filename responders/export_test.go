@@ -68,5 +68,15 @@ func (f *Fleet) Left() int {
 	return f.left(true)
 }
 
+// Seen is how much was spent by all as f saw it last, and its own since.
+func (f *Fleet) Seen() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.spent) + len(f.used)
+}
+
+// Look has f look at the budget.
+func (f *Fleet) Look() { f.poke() }
+
 // SetPaused has r say that stoop is paused.
 func (r *Request) SetPaused(why func() string) { r.paused = why }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	mathrand "math/rand/v2"
 	"net/http"
 	"slices"
@@ -21,6 +22,7 @@ import (
 	"k8s.io/client-go/gentype"
 	"k8s.io/client-go/rest"
 
+	"stoop/alert"
 	"stoop/broker"
 )
 
@@ -58,8 +60,9 @@ type Fleet struct {
 	used     []use     // of it, or beyond it, and not known to be reported
 	returned []string  // steps whose credit goes back, though it may be reported
 	waiting  []*asking
-	refused  [2]refusalFor // by [classOf]
-	told     time.Time
+	spent    []spending             // by all, as last seen
+	refused  map[refusee]refusalFor // never many: each has used up a share
+	told     map[string]time.Time   // by namespace, "" of all
 	ended    bool
 }
 
@@ -73,10 +76,22 @@ type use struct {
 // asking is a step that waits for the answer.
 type asking struct {
 	step   string
+	space  string
 	urgent bool
 	answer chan error // of one
 	gone   bool       // nobody waits any more
 }
+
+// refusee is whom a refusal holds for: alerts in one namespace, or all where that
+// is "".
+type refusee struct {
+	space  string
+	urgent bool
+}
+
+// noCredit is why a step is refused, "" where it is not. space says that only
+// alerts in that namespace are.
+type noCredit struct{ reason, space string }
 
 // refusalFor is an answer that holds for a while, so that a storm of alerts does
 // not become one of requests.
@@ -126,13 +141,8 @@ func fleetRBAC() []rbacv1.PolicyRule {
 // NewFleet is this node's part in the budget. It asks nothing before
 // [Fleet.Run].
 func NewFleet(c FleetConfig) (*Fleet, error) {
-	switch {
-	case c.Limit.N < 1 || c.Limit.Per <= 0:
-		return nil, errors.New("the fleet's budget has no limit")
-	case c.Limit.N > fleetMost:
-		return nil, fmt.Errorf("guard.limits.cluster: %d steps are more than the %d that one ConfigMap is to hold", c.Limit.N, fleetMost)
-	case c.Limit.Per < time.Second:
-		return nil, fmt.Errorf("guard.limits.cluster: a window of %s is too short: at least a second", c.Limit.Per)
+	if err := CheckFleetLimit(c.Limit); err != nil {
+		return nil, fmt.Errorf("guard.limits.cluster: %w", err)
 	}
 	f := &Fleet{FleetConfig: c, terms: termsOf(c.Limit), id: rand.Text(), wake: make(chan struct{}, 1)}
 	if f.Log == nil {
@@ -151,6 +161,19 @@ func NewFleet(c FleetConfig) (*Fleet, error) {
 	}
 	f.maps = gentype.NewClient("configmaps", client, c.Kube.params, c.Namespace, func() *corev1.ConfigMap { return &corev1.ConfigMap{} })
 	return f, nil
+}
+
+// CheckFleetLimit says why there can be no budget with a limit.
+func CheckFleetLimit(limit Rate) error {
+	switch {
+	case limit.N < 1 || limit.Per <= 0:
+		return errors.New("the fleet's budget has no limit")
+	case limit.N > fleetMost:
+		return fmt.Errorf("%d steps are more than the %d that one ConfigMap is to hold", limit.N, fleetMost)
+	case limit.Per < time.Second:
+		return fmt.Errorf("a window of %s is too short: at least a second", limit.Per)
+	}
+	return nil
 }
 
 // Run keeps this node's part until ctx is done, and then gives back what it holds.
@@ -197,9 +220,23 @@ func (f *Fleet) leave(ctx context.Context) {
 
 func (f *Fleet) name() string { return f.Namespace + "/" + fleetName }
 
-// Take takes one credit for a step, and waits for it only where the node holds
-// none. It returns an error that is [HeldBack] where there is none to be had.
-func (f *Fleet) Take(ctx context.Context, step string, urgent bool) error {
+// spaceOf is the namespace that a step's credit counts for, or "". It is short:
+// the ConfigMap holds it with every step.
+func spaceOf(t alert.Target) string {
+	ns := t.Namespace
+	if ns == "" && t.Resource != nil {
+		ns = t.Resource.Namespace
+	}
+	if len(ns) > 63 { // there is none with such a name
+		return alert.IDOf([]byte(ns))
+	}
+	return ns
+}
+
+// Take takes one credit for a step in a namespace, "" for one in none, and waits for
+// it only where the node holds none, or believes that the namespace has had its
+// share. It returns an error that is [HeldBack] where there is none to be had.
+func (f *Fleet) Take(ctx context.Context, step, space string, urgent bool) error {
 	f.mu.Lock()
 	switch {
 	case f.ended:
@@ -208,17 +245,19 @@ func (f *Fleet) Take(ctx context.Context, step string, urgent bool) error {
 	case slices.ContainsFunc(f.used, func(u use) bool { return u.Step == step }) && !slices.Contains(f.returned, step):
 		f.mu.Unlock()
 		return nil
-	case f.has(urgent):
-		f.used = append(f.used, use{spending: spending{Step: step, Node: f.Node, At: f.server.now(), Other: !urgent}})
+	case f.has(urgent) && !f.crowded(space, urgent):
+		f.used = append(f.used, use{spending: spending{Step: step, Node: f.Node, At: f.server.now(), Other: !urgent, Space: space}})
 		f.mu.Unlock()
 		f.poke()
 		return nil
 	}
-	if r := f.refused[classOf(urgent)]; r.err != nil && time.Now().Before(r.until) {
-		f.mu.Unlock()
-		return r.err
+	for _, of := range []string{"", space} {
+		if r, ok := f.refused[refusee{of, urgent}]; ok && time.Now().Before(r.until) {
+			f.mu.Unlock()
+			return r.err
+		}
 	}
-	w := &asking{step: step, urgent: urgent, answer: make(chan error, 1)}
+	w := &asking{step: step, space: space, urgent: urgent, answer: make(chan error, 1)}
 	f.waiting = append(f.waiting, w)
 	f.mu.Unlock()
 	f.poke()
@@ -247,10 +286,10 @@ func (f *Fleet) Take(ctx context.Context, step string, urgent bool) error {
 
 // Count notes a step that is done whatever the budget says: a person has approved
 // it.
-func (f *Fleet) Count(step string, urgent bool) {
+func (f *Fleet) Count(step, space string, urgent bool) {
 	f.mu.Lock()
 	if len(f.used) < fleetMost {
-		f.used = append(f.used, use{spending: spending{Step: step, Node: f.Node, At: f.server.now(), Other: !urgent}, beyond: true})
+		f.used = append(f.used, use{spending: spending{Step: step, Node: f.Node, At: f.server.now(), Other: !urgent, Space: space}, beyond: true})
 	}
 	f.mu.Unlock()
 	f.poke()
@@ -295,6 +334,34 @@ func (f *Fleet) has(urgent bool) bool {
 		return false
 	}
 	return f.left(urgent) > 0
+}
+
+// crowded reports whether a namespace has had its share, as far as this node knows:
+// by what it saw last, and what it has used itself since. The caller holds the lock.
+func (f *Fleet) crowded(space string, urgent bool) bool {
+	b := budget{Spent: slices.Clone(f.spent)}
+	for _, u := range f.used {
+		b.Spent = append(b.Spent, u.spending)
+	}
+	b.settle(&f.terms, f.server.now())
+	return b.crowded(&f.terms, f.Node, space, urgent) != ""
+}
+
+// refuse keeps an answer for a while, and reports whether people are to be told of
+// it: once a window. The caller holds the lock.
+func (f *Fleet) refuse(whom refusee, err *heldBack, until time.Time) (tell bool) {
+	now := time.Now()
+	if f.refused == nil {
+		f.refused, f.told = map[refusee]refusalFor{}, map[string]time.Time{}
+	}
+	maps.DeleteFunc(f.refused, func(_ refusee, r refusalFor) bool { return now.After(r.until) })
+	maps.DeleteFunc(f.told, func(_ string, at time.Time) bool { return now.Sub(at) >= f.terms.limit.Per })
+	f.refused[whom] = refusalFor{err, until}
+	if _, ok := f.told[whom.space]; ok {
+		return false
+	}
+	f.told[whom.space] = now
+	return true
 }
 
 // left is what is held and not used. The caller holds the lock.
@@ -407,9 +474,9 @@ func (f *Fleet) try(ctx context.Context, a *asked) error {
 	return nil
 }
 
-// apply does to the budget what is asked, and returns why steps are refused,
-// "" for those that are not, and whether it changed anything.
-func (f *Fleet) apply(b *budget, a *asked, now time.Time) (refused []string, changed bool) {
+// apply does to the budget what is asked, and returns why steps are refused and
+// whether it changed anything.
+func (f *Fleet) apply(b *budget, a *asked, now time.Time) (refused []noCredit, changed bool) {
 	own := b.Held[f.id]
 	if own == nil {
 		own = b.reclaim(f.id, f.Node)
@@ -444,16 +511,20 @@ func (f *Fleet) apply(b *budget, a *asked, now time.Time) (refused []string, cha
 		}
 	}
 	set()
-	refused = make([]string, len(a.waiting))
+	refused = make([]noCredit, len(a.waiting))
 	scarce := false
 	for i, w := range a.waiting {
 		if b.spentOn(w.step) {
 			continue
 		}
+		if why := b.crowded(&f.terms, f.Node, w.space, w.urgent); why != "" {
+			refused[i] = noCredit{why, w.space}
+			continue
+		}
 		why, queue := b.refuses(&f.terms, f.Node, w.urgent)
-		if refused[i] = why; why == "" {
+		if refused[i].reason = why; why == "" {
 			delete(b.Waiting, f.Node)
-			b.Spent = append(b.Spent, spending{Step: w.step, Node: f.Node, At: now.Add(f.terms.askFor).UTC(), Other: !w.urgent})
+			b.Spent = append(b.Spent, spending{Step: w.step, Node: f.Node, At: now.Add(f.terms.askFor).UTC(), Other: !w.urgent, Space: w.space})
 			changed = true
 			continue
 		}
@@ -477,10 +548,10 @@ func (f *Fleet) apply(b *budget, a *asked, now time.Time) (refused []string, cha
 }
 
 // commit takes over what was written, and answers who waits.
-func (f *Fleet) commit(b *budget, a *asked, refused []string, began time.Time, written bool) {
-	var tell string
+func (f *Fleet) commit(b *budget, a *asked, refused []noCredit, began time.Time, written bool) {
+	var tell []string
 	f.mu.Lock()
-	f.own = credit{}
+	f.own, f.spent = credit{}, b.Spent
 	if own := b.Held[f.id]; own != nil {
 		f.own = *own
 	}
@@ -491,28 +562,27 @@ func (f *Fleet) commit(b *budget, a *asked, refused []string, began time.Time, w
 		return slices.ContainsFunc(a.used, func(s use) bool { return s.Step == u.Step })
 	})
 	f.returned = f.returned[len(a.returned):]
-	now := time.Now()
 	// It is asked again when the first credit is free, or soon after.
-	until := now.Add(min(max(b.firstFree(&f.terms).Sub(f.server.now()), refusedLeast), refusedMost))
+	until := time.Now().Add(min(max(b.firstFree(&f.terms).Sub(f.server.now()), refusedLeast), refusedMost))
 	for i, w := range a.waiting {
-		if refused[i] == "" {
-			f.refused[classOf(w.urgent)] = refusalFor{}
+		if refused[i].reason == "" {
+			delete(f.refused, refusee{"", w.urgent})
+			delete(f.refused, refusee{w.space, w.urgent})
 			f.answer(w, nil)
 			continue
 		}
-		err := &heldBack{refused[i] + " (guard.limits.cluster)"}
-		f.refused[classOf(w.urgent)] = refusalFor{err, until}
-		f.answer(w, err)
-		if f.told.IsZero() || now.Sub(f.told) >= f.terms.limit.Per {
-			f.told, tell = now, err.reason
+		err := &heldBack{refused[i].reason + " (guard.limits.cluster)"}
+		if f.refuse(refusee{refused[i].space, w.urgent}, err, until) {
+			tell = append(tell, err.reason)
 		}
+		f.answer(w, err)
 	}
 	f.metrics.credit.Set(float64(f.left(true)))
 	f.mu.Unlock()
 	all, _ := b.gone()
 	f.metrics.spent.Set(float64(all.all))
-	if tell != "" {
-		f.Tell("the fleet's budget is exhausted", tell)
+	for _, why := range tell {
+		f.Tell("the fleet's budget is exhausted", why)
 	}
 }
 
@@ -549,11 +619,10 @@ func (f *Fleet) fail(a *asked, err error) {
 			f.answer(w, err)
 			continue
 		}
-		f.refused[classOf(w.urgent)] = refusalFor{held, until}
-		f.answer(w, held)
-		if f.told.IsZero() || time.Since(f.told) >= f.terms.limit.Per {
-			f.told, tell = time.Now(), held.reason
+		if f.refuse(refusee{"", w.urgent}, held, until) {
+			tell = held.reason
 		}
+		f.answer(w, held)
 	}
 	f.mu.Unlock()
 	if tell != "" {
@@ -658,11 +727,11 @@ func (h *Host) charge(ctx context.Context, d *broker.Delivery, r *running, urgen
 		return "", "", 0 // a further try of a step that has its credit
 	}
 	if s.Approved != nil {
-		h.Fleet.Count(s.ID, urgent)
+		h.Fleet.Count(s.ID, spaceOf(s.Target), urgent)
 		h.ledger.charged(s.ID)
 		return "", "", 0
 	}
-	err := h.Fleet.Take(ctx, s.ID, urgent)
+	err := h.Fleet.Take(ctx, s.ID, spaceOf(s.Target), urgent)
 	if err == nil {
 		h.ledger.charged(s.ID)
 		return "", "", 0

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -90,7 +91,7 @@ func newFleetNode(t testing.TB, config *rest.Config, node string, limit responde
 
 func (f *fleetNode) take(t testing.TB, step string, urgent bool) error {
 	t.Helper()
-	return f.Take(t.Context(), step, urgent)
+	return f.Take(t.Context(), step, "", urgent)
 }
 
 func eventually(t testing.TB, what string, is func() bool) {
@@ -206,7 +207,7 @@ func TestFleetIsExhausted(t *testing.T) {
 	f.Give("a")
 	eventually(t, "there is credit again", func() bool { return f.take(t, "d", true) == nil })
 	// A person's decision is counted, and asks nobody.
-	f.Count("e", true)
+	f.Count("e", "", true)
 	eventually(t, "it is counted", func() bool { return strings.Contains(stored(t, s), `"step":"e"`) })
 }
 
@@ -281,20 +282,25 @@ type hosted struct {
 
 func newHosted(t testing.TB, s *conformance.Server, dir string, limit responders.Rate, mode broker.Mode, do func(n int64) (responders.Result, error)) *hosted {
 	t.Helper()
+	return newHostedOn(t, testNode, s, dir, limit, mode, do)
+}
+
+func newHostedOn(t testing.TB, node string, s *conformance.Server, dir string, limit responders.Rate, mode broker.Mode, do func(n int64) (responders.Result, error)) *hosted {
+	t.Helper()
 	kube, err := responders.NewKube(s.Config())
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &hosted{fleetNode: newFleetNode(t, s.Config(), testNode, limit, nil), stub: &nodeStub{do: do}}
+	h := &hosted{fleetNode: newFleetNode(t, s.Config(), node, limit, nil), stub: &nodeStub{do: do}}
 	h.broker = brokertest.Open(t, broker.Config{Dir: dir})
 	h.host, err = responders.NewHost(t.Context(), responders.Config{
-		Broker: h.broker, Pods: responders.NewPods(kube, testNode, slog.New(slog.DiscardHandler)), Fleet: h.fleetNode.Fleet,
+		Broker: h.broker, Pods: responders.NewPods(kube, node, slog.New(slog.DiscardHandler)), Fleet: h.fleetNode.Fleet,
 		Entries: []responders.Entry{{
 			Name: "stub", Kind: responders.Harm, Object: responders.NodeObject, Params: param.Describe(struct{}{}), Deadline: 5 * time.Second,
 			New: func(responders.Env) responders.Responder { return h.stub },
 		}},
-		Env:    responders.Env{Kube: kube, Node: testNode},
-		Guards: responders.Guards{Mode: mode, Node: testNode, MaxAge: 10 * time.Minute},
+		Env:    responders.Env{Kube: kube, Node: node},
+		Guards: responders.Guards{Mode: mode, Node: node, MaxAge: 10 * time.Minute},
 		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
@@ -320,9 +326,15 @@ func newHosted(t testing.TB, s *conformance.Server, dir string, limit responders
 
 func (h *hosted) publish(t testing.TB, approved bool) *broker.Step {
 	t.Helper()
+	return h.publishOf(t, "", approved)
+}
+
+// publishOf is an alert of a pod that nobody has seen before, in a namespace.
+func (h *hosted) publishOf(t testing.TB, namespace string, approved bool) *broker.Step {
+	t.Helper()
 	h.n++
 	now := time.Now().UTC()
-	raw := fmt.Appendf(nil, `{"hostname":%q,"priority":"Critical","rule":"R","n":%d,"time":%q,"output_fields":{"container.id":"%012x"}}`, testNode, h.n, now.Format(time.RFC3339Nano), h.n)
+	raw := fmt.Appendf(nil, `{"hostname":%q,"priority":"Critical","rule":"R","n":%d,"time":%q,"output_fields":{"container.id":"%012x","k8s.ns.name":%q}}`, h.Node, h.n, now.Format(time.RFC3339Nano), h.n, namespace)
 	a, err := alert.Parse(raw)
 	if err != nil {
 		t.Fatal(err)
@@ -443,6 +455,82 @@ func TestHostAsksTheFleet(t *testing.T) {
 			t.Errorf("%d spent: %s", n, stored(t, s))
 		}
 	})
+}
+
+// Whoever may make pods in one namespace has them raise Critical alerts on several
+// nodes, and makes new ones: what stoop may do for everybody else is not used up by
+// it, on none of the nodes.
+func TestFleetOneNamespaceDisarmsNobody(t *testing.T) {
+	s := conformance.NewServer(t)
+	nodes := make([]*hosted, 4)
+	for i := range nodes {
+		nodes[i] = newHostedOn(t, fmt.Sprint("node-", i), s, t.TempDir(), responders.Rate{N: 20, Per: time.Hour}, broker.Enforce,
+			func(int64) (responders.Result, error) { return responders.Result{}, nil })
+	}
+	var got []int
+	all := 0
+	for _, h := range nodes {
+		n := 0
+		for range 6 {
+			switch o := h.ended(t, h.publishOf(t, "mallory", false)); {
+			case o.Status == broker.Done:
+				n++
+			case o.Status != broker.Suppressed || !strings.Contains(o.Reason, "namespace mallory") || !strings.Contains(o.Reason, "guard.limits.cluster"):
+				t.Errorf("%s: %s", o.Status, o.Reason)
+			}
+		}
+		got = append(got, n)
+		all += n
+		// What others did by credit that they held is known a moment later.
+		for _, other := range nodes {
+			eventually(t, "every node knows of it", func() bool { other.Look(); return other.Seen() == all })
+		}
+	}
+	// Of twenty a node has five, a namespace three of them, and ten in all.
+	if want := []int{3, 3, 3, 1}; !slices.Equal(got, want) {
+		t.Errorf("the namespace got %d by node, want %d", got, want)
+	}
+	for i, h := range nodes {
+		if o := h.ended(t, h.publishOf(t, "victim", false)); o.Status != broker.Done {
+			t.Errorf("another namespace on node %d: %s: %s", i, o.Status, o.Reason)
+		}
+		if o := h.ended(t, h.publishOf(t, "mallory", true)); i == 0 && o.Status != broker.Done {
+			t.Errorf("one that a person approved: %s: %s", o.Status, o.Reason)
+		}
+	}
+}
+
+// Credit that a node holds is not for a namespace that has had its share, as far as
+// the node knows, and stays for others.
+func TestFleetHeldCreditKnowsTheShare(t *testing.T) {
+	s := conformance.NewServer(t)
+	var spent []string
+	for i := range 10 {
+		spent = append(spent, fmt.Sprintf(`{"step":"s%d","node":"m%d","at":%q,"ns":"mallory"}`, i, i, time.Now().UTC().Format(time.RFC3339)))
+	}
+	if _, err := s.Admin().CoreV1().ConfigMaps("stoop").Create(t.Context(), &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{Name: "stoop-budget"}, Data: map[string]string{"budget": `{"spent":[` + strings.Join(spent, ",") + `]}`},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	f := newFleetNode(t, s.Config(), "n1", hour, nil)
+	eventually(t, "credit is held", func() bool { return f.Left() == 2 })
+	if err := f.Take(t.Context(), "a", "mallory", true); !responders.HeldBack(err) || !strings.Contains(err.Error(), "namespace mallory") {
+		t.Errorf("a namespace that has had its half: %v", err)
+	}
+	// The refusal is for that namespace alone.
+	f.away.Store(true)
+	if err := f.Take(t.Context(), "b", "victim", true); err != nil {
+		t.Errorf("another namespace: %v", err)
+	}
+	if err := f.take(t, "c", true); err != nil {
+		t.Errorf("an act in no namespace: %v", err)
+	}
+	f.away.Store(false)
+	if err := f.Take(t.Context(), "d", "victim", true); err != nil {
+		t.Errorf("another namespace, with no credit held: %v", err)
+	}
+	eventually(t, "the namespace of what was used is known", func() bool { return strings.Count(stored(t, s), `"ns":"victim"`) == 2 })
 }
 
 // Fifty nodes, each with its own demand, on one budget; in e2e on the real API

@@ -64,7 +64,7 @@ func Fleets(t *testing.T, c FleetCase) {
 		}
 		asking.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
-				err := f.Take(ctx, fmt.Sprintf("%d/%d", i, n), true)
+				err := f.Take(ctx, fmt.Sprintf("%d/%d", i, n), "", true)
 				at := time.Now()
 				mu.Lock()
 				asked++
