@@ -61,6 +61,13 @@ node (the request says of which node; RBAC can't):
 		if e.Instead != "" {
 			fmt.Fprintf(&b, " When the owner's limit holds it back, [%s](#%[1]s) is done instead.", e.Instead)
 		}
+		if e.Approve != nil {
+			if e.Approve(nil) {
+				b.WriteString(" It waits until a person approves it, unless its rule says approve: false.")
+			} else {
+				b.WriteString(" With some parameters it waits until a person approves it, unless its rule says approve: false.")
+			}
+		}
 		b.WriteString("\n")
 		if e.local() && (e.Kind == Harm || len(e.Needs) > 0) {
 			says := "It acts on the node itself and asks no API server."
