@@ -12,26 +12,35 @@ import (
 	"stoop/evidence"
 )
 
+// beginCase opens the case of a step. kept is nil where none is to be filled: then the
+// result, or the error, is the step's.
+func beginCase(ctx context.Context, store *evidence.Store, r *Request, target string) (kept *evidence.Case, res Result, err error) {
+	kept, err = store.Begin(ctx, evidence.About{
+		Step: r.Step.ID, Alert: r.Step.AlertID, Rule: r.Step.Rule, Responder: r.Step.Responder, Target: target,
+	})
+	switch {
+	case errors.Is(err, evidence.ErrFull), errors.Is(err, evidence.ErrEnough):
+		return nil, Result{Nothing: true, Reason: err.Error()}, nil
+	case err != nil:
+		return nil, Result{}, err
+	case kept.WasFinished():
+		if err := kept.Close(); err != nil {
+			return nil, Result{}, err
+		}
+		return nil, Result{Reason: "kept by an earlier run of this step, in " + kept.Path(), Found: foundEvidence(kept)}, nil
+	}
+	return kept, Result{}, nil
+}
+
 // beginCapture opens the case of a step about a pod. Where there is nothing more
 // to be done, because enough is kept or an earlier run of the step kept it, ended
 // is what came of the step.
 func beginCapture(ctx context.Context, store *evidence.Store, r *Request, pod *corev1.Pod) (kept *evidence.Case, ended *Result, err error) {
-	kept, err = store.Begin(ctx, evidence.About{
-		Step: r.Step.ID, Alert: r.Step.AlertID, Rule: r.Step.Rule, Responder: r.Step.Responder,
-		Target: fmt.Sprintf("pod %s uid %s", key(&nodePod{Pod: pod}), pod.UID),
-	})
-	switch {
-	case errors.Is(err, evidence.ErrFull), errors.Is(err, evidence.ErrEnough):
-		return nil, &Result{Nothing: true, Reason: err.Error()}, nil
-	case err != nil:
-		return nil, nil, err
-	case kept.WasFinished():
-		if err := kept.Close(); err != nil {
-			return nil, nil, err
-		}
-		return nil, &Result{Reason: "kept by an earlier run of this step, in " + kept.Path(), Found: foundEvidence(kept)}, nil
+	kept, res, err := beginCase(ctx, store, r, fmt.Sprintf("pod %s uid %s", key(&nodePod{Pod: pod}), pod.UID))
+	if kept == nil && err == nil {
+		ended = &res
 	}
-	return kept, nil, nil
+	return kept, ended, err
 }
 
 // endCapture closes a case, with the alert in it. One into which nothing came is
@@ -65,10 +74,7 @@ func endCapture(ctx context.Context, kept *evidence.Case, r *Request, err error)
 	if err != nil {
 		part = append(part, err.Error())
 	}
-	// The case tells by itself what it is about, also years later.
-	if _, aerr := kept.Add(context.WithoutCancel(ctx), alertPiece, bytes.NewReader(r.Step.Alert), -1); aerr != nil {
-		kept.Note("the alert could not be kept: %v", aerr)
-	}
+	keepAlert(ctx, kept, r)
 	if cerr := kept.Close(); cerr != nil {
 		return Result{}, errors.Join(err, cerr)
 	}
@@ -80,6 +86,14 @@ func endCapture(ctx context.Context, kept *evidence.Case, r *Request, err error)
 		res.Reason += "; not whole: " + strings.Join(part, "; ")
 	}
 	return res, nil
+}
+
+// keepAlert puts the alert into a case, which then tells by itself what it is about,
+// also years later.
+func keepAlert(ctx context.Context, kept *evidence.Case, r *Request) {
+	if _, err := kept.Add(context.WithoutCancel(ctx), alertPiece, bytes.NewReader(r.Step.Alert), -1); err != nil {
+		kept.Note("the alert could not be kept: %v", err)
+	}
 }
 
 // alertPiece is the alert, as Falco wrote it.

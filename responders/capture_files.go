@@ -181,6 +181,7 @@ func (c *fileCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 			err = errors.Join(err, lerr)
 		}
 	}
+	keepAlert(ctx, kept, r)
 	if cerr := kept.Close(); cerr != nil {
 		return Result{}, errors.Join(err, cerr)
 	}
@@ -236,24 +237,4 @@ func (l *listing) result(kept *evidence.Case, got child.GotFiles, err error) Res
 		res.Reason += fmt.Sprintf("; %d did not let themselves be read", got.Blocked)
 	}
 	return res
-}
-
-// beginCase opens the case of a step. kept is nil where none is to be filled: then the
-// result, or the error, is the step's.
-func beginCase(ctx context.Context, store *evidence.Store, r *Request, target string) (kept *evidence.Case, res Result, err error) {
-	kept, err = store.Begin(ctx, evidence.About{
-		Step: r.Step.ID, Alert: r.Step.AlertID, Rule: r.Step.Rule, Responder: r.Step.Responder, Target: target,
-	})
-	switch {
-	case errors.Is(err, evidence.ErrFull), errors.Is(err, evidence.ErrEnough):
-		return nil, Result{Nothing: true, Reason: err.Error()}, nil
-	case err != nil:
-		return nil, Result{}, err
-	case kept.WasFinished():
-		if err := kept.Close(); err != nil {
-			return nil, Result{}, err
-		}
-		return nil, Result{Reason: "kept by an earlier run of this step, in " + kept.Path(), Found: foundEvidence(kept)}, nil
-	}
-	return kept, Result{}, nil
 }

@@ -221,7 +221,7 @@ func TestCaptureFilesOfTheAlert(t *testing.T) {
 	if _, contents := f.found("up"); len(contents) != 1 || contents["/../../../../../../../etc/passwd"] != "the container's" {
 		t.Errorf("a path upwards: %v", contents)
 	}
-	if m := manifestOf(t, f.store, "root"); len(m.Pieces) != 0 {
+	if m := manifestOf(t, f.store, "root"); len(m.Pieces) != 1 || m.Pieces[0].Name != "alert.json" {
 		t.Errorf("through a link of /proc: %v, %v", m.Pieces, m.Notes)
 	}
 }

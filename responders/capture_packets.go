@@ -137,6 +137,7 @@ func (c *packetCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 	if early {
 		kept.Note("ended before its time: %v", context.Cause(ctx))
 	}
+	keepAlert(ctx, kept, r)
 	if cerr := kept.Close(); cerr != nil || err != nil {
 		return Result{}, errors.Join(err, cerr)
 	}

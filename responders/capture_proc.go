@@ -129,26 +129,18 @@ func (c *procCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 		return Result{}, Refuse("there is no evidence store")
 	}
 	want := child.Capture{Redact: params.Redact, MaxExe: int64(params.MaxExe)}
-	about := evidence.About{Step: r.Step.ID, Alert: r.Step.AlertID, Rule: r.Step.Rule, Responder: r.Step.Responder}
+	var target string
 	switch {
 	case r.Container != nil:
-		want.Container, about.Target = r.Container.ID, r.Container.ID
+		want.Container, target = r.Container.ID, r.Container.ID
 	case r.Process != nil:
-		about.Target = fmt.Sprintf("host process %d started at %d", r.Process.PID, r.Process.Start)
+		target = fmt.Sprintf("host process %d started at %d", r.Process.PID, r.Process.Start)
 	default:
 		return Result{}, errNoSuspect
 	}
-	kept, err := c.store.Begin(ctx, about)
-	switch {
-	case errors.Is(err, evidence.ErrFull), errors.Is(err, evidence.ErrEnough):
-		return Result{Nothing: true, Reason: err.Error()}, nil
-	case err != nil:
-		return Result{}, err
-	case kept.WasFinished():
-		if err := kept.Close(); err != nil {
-			return Result{}, err
-		}
-		return Result{Reason: "kept by an earlier run of this step, in " + kept.Path(), Found: foundEvidence(kept)}, nil
+	kept, ended, err := beginCase(ctx, c.store, r, target)
+	if kept == nil {
+		return ended, err
 	}
 	var beyond int
 	want.Suspects, beyond, err = toCapture(r, params.Processes)
@@ -180,6 +172,7 @@ func (c *procCapturer) Act(ctx context.Context, r *Request) (Result, error) {
 		}
 		return Result{}, err
 	}
+	keepAlert(ctx, kept, r)
 	if cerr := kept.Close(); cerr != nil {
 		return Result{}, errors.Join(err, cerr)
 	}

@@ -118,6 +118,10 @@ func TestCaptureProcOfAFrozenContainer(t *testing.T) {
 			if wrong, err := responder.store.Verify(t.Context(), "s1"); err != nil || len(wrong) > 0 {
 				t.Errorf("verify: %q, %v", wrong, err)
 			}
+			alert, err := os.ReadFile(filepath.Join(res.Found["evidence"], "alert.json"))
+			if want := suspected(t, "s1", c, p).Step.Alert; err != nil || string(alert) != string(want) {
+				t.Errorf("the alert is kept as %q (%v), want %q", alert, err, want)
+			}
 			b, err := os.ReadFile(filepath.Join(res.Found["evidence"], "manifest.json"))
 			if err != nil {
 				t.Fatal(err)
