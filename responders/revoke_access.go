@@ -301,10 +301,11 @@ func (a *accessRevoker) Act(ctx context.Context, r *Request) (Result, error) {
 	}
 	var list []revocable
 	var notes []string
+	beyond := 0
 	who := describe(r.Target)
 	if params.From == "pod" {
 		who = fmt.Sprintf("service account %s/%s", r.Pod.Namespace, accountOf(r))
-		list, notes, err = a.ofPod(ctx, r, params)
+		list, notes, beyond, err = a.ofPod(ctx, r, params)
 	} else {
 		list, err = a.ofAlert(ctx, r, made, before)
 		if isGone(err) && len(before.Revoked) > 0 {
@@ -319,6 +320,11 @@ func (a *accessRevoker) Act(ctx context.Context, r *Request) (Result, error) {
 		return Result{Nothing: true, Reason: who + " has no binding that could be taken from it" + said(notes)}, nil
 	}
 	res, err := a.revoke(ctx, r, params, list, revocation{done, before.Evidence}, again, notes)
+	if beyond > 0 && err == nil {
+		// Whoever may make bindings in a namespace of his could otherwise have none
+		// of them revoked.
+		err = fmt.Errorf("%d more bindings of it stand, since a step revokes at most %d; %s", beyond, revokeMost, res.Reason)
+	}
 	if err != nil {
 		err = fmt.Errorf("revoke access, %s: %w", who, err)
 	}
@@ -409,12 +415,13 @@ func (a *accessRevoker) isProtected(namespace string) bool {
 	return namespace != "" && (namespace == own || namespace == a.self.Namespace || a.protected != nil && a.protected(namespace))
 }
 
-// ofPod are the bindings of the pod's service account, and what is left of its
-// rights.
-func (a *accessRevoker) ofPod(ctx context.Context, r *Request, params revokeAccessParams) (list []revocable, notes []string, err error) {
+// ofPod are the bindings of the pod's service account, those of the cluster and of its
+// own namespace first, and what is left of its rights: with it how many are beyond what
+// one step revokes.
+func (a *accessRevoker) ofPod(ctx context.Context, r *Request, params revokeAccessParams) (list []revocable, notes []string, beyond int, err error) {
 	pod, err := sameNow(ctx, a.kube, r.Pod)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, 0, err
 	}
 	account := accountOf(r)
 	var groups []string
@@ -442,23 +449,29 @@ func (a *accessRevoker) ofPod(ctx context.Context, r *Request, params revokeAcce
 		case a.isProtected(b.Namespace):
 			notes = append(notes, fmt.Sprintf("%s is in a protected namespace", b))
 		case len(list) == revokeMost:
-			return Refuse("it has more than %d bindings", revokeMost)
+			beyond++
 		default:
 			list = append(list, v)
 		}
 		return nil
 	}
 	if err := a.kube.eachBinding(ctx, "clusterrolebindings", "", each); err != nil {
-		return nil, nil, err
+		return nil, nil, 0, err
 	}
-	where := ""
-	if params.Namespaces == "own" {
-		where = pod.Namespace
+	if err := a.kube.eachBinding(ctx, "rolebindings", pod.Namespace, each); err != nil {
+		return nil, nil, 0, err
 	}
-	if err := a.kube.eachBinding(ctx, "rolebindings", where, each); err != nil {
-		return nil, nil, err
+	if params.Namespaces != "own" {
+		if err := a.kube.eachBinding(ctx, "rolebindings", "", func(b *binding) error {
+			if b.Namespace == pod.Namespace {
+				return nil
+			}
+			return each(b)
+		}); err != nil {
+			return nil, nil, 0, err
+		}
 	}
-	return list, append(notes, groups...), nil
+	return list, append(notes, groups...), beyond, nil
 }
 
 // revoke takes the bindings away. One that can't be is no reason to leave the others:

@@ -301,3 +301,25 @@ func TestRevokeAccessParameters(t *testing.T) {
 		}
 	}
 }
+
+// Whoever may make bindings somewhere makes very many for the suspect's account: its own
+// and the cluster's go all the same, and the step says that others stand.
+func TestRevokeAccessAmongVeryManyBindings(t *testing.T) {
+	web := subject("ServiceAccount", "shop/web")
+	a := newAnswerer(t, "revoke-access")
+	for n := range 150 { // in a namespace that comes first in a list
+		a.bind("a-tenant", fmt.Sprintf("decoy-%d", n), "view", web)
+	}
+	a.bind("shop", "real", "edit", web)
+	a.bind("", "cluster", "cluster-admin", web)
+	res, err := a.ask("{from: pod}", nil, time.Now())
+	if status, again, _, reason := responders.Classify(err); status != broker.Failed || again || !strings.Contains(reason, "52 more bindings") {
+		t.Errorf("%s (%s), tried again: %t", status, reason, again)
+	}
+	if a.subjects("shop", "real") != nil || a.subjects("", "cluster") != nil {
+		t.Error("what counts is there still")
+	}
+	if len(res.Undo) == 0 {
+		t.Error("it can't be taken back")
+	}
+}
