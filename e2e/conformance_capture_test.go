@@ -30,7 +30,7 @@ func captureCases(t *testing.T) []conformance.Case {
 		{
 			Responder: "capture-manifest",
 			Prepare: func(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
-				now := podNow(t, w, pod)
+				now := conformance.PodNow(t, w, pod)
 				// One that was made for the pod, as an operator does.
 				owner, err := w.Admin().AppsV1().Deployments(pod.Namespace).Create(t.Context(), &appsv1.Deployment{
 					ObjectMeta: metav1.ObjectMeta{Name: "owner"},

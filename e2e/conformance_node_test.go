@@ -23,7 +23,7 @@ func nodeCases() []conformance.Case {
 				return `{"image":"example.com/tools:1","command":["sleep","3600"]}`, nil
 			},
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				now := podNow(t, w, pod)
+				now := conformance.PodNow(t, w, pod)
 				if now == nil || len(now.Spec.EphemeralContainers) != 1 {
 					t.Fatalf("the pod has no ephemeral container, or is gone: %+v", now)
 				}

@@ -10,7 +10,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/kubernetes"
@@ -67,14 +66,14 @@ func TestConformance(t *testing.T) {
 	cases := map[string]conformance.Case{
 		"delete-pod": {
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+				if now := conformance.PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")
 				}
 			},
 		},
 		"isolate-pod": {
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				now := podNow(t, w, pod)
+				now := conformance.PodNow(t, w, pod)
 				if now == nil || reflect.DeepEqual(now.Labels, pod.Labels) {
 					t.Fatalf("the pod is gone or has no label more: %+v", now)
 				}
@@ -87,7 +86,7 @@ func TestConformance(t *testing.T) {
 				t.Error("no network policy selects the pod, and it alone")
 			},
 			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
+				if now := conformance.PodNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
 					t.Errorf("the pod is gone or its labels are not what they were: %+v", now)
 				}
 				if got := policies(t, w, pod.Namespace); len(got) > 0 {
@@ -98,12 +97,12 @@ func TestConformance(t *testing.T) {
 		"label-pod": {
 			Params: func(testing.TB) (string, func() int) { return `{"labels":{"quarantine":"yes"}}`, nil },
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now == nil || now.Labels["quarantine"] != "yes" {
+				if now := conformance.PodNow(t, w, pod); now == nil || now.Labels["quarantine"] != "yes" {
 					t.Errorf("the pod is gone or has not the label: %+v", now)
 				}
 			},
 			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
+				if now := conformance.PodNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
 					t.Errorf("the pod is gone or its labels are not what they were: %+v", now)
 				}
 			},
@@ -112,9 +111,9 @@ func TestConformance(t *testing.T) {
 	for _, c := range slices.Concat(
 		conformance.Workloads(),
 		nodeCases(),
-		nodeActCases(),
+		conformance.NodeActs("10s"),
 		captureCases(t),
-		rbacCases(),
+		conformance.Access(),
 		denialCases(t),
 	) {
 		cases[cmp.Or(c.Name, c.Responder)] = c
@@ -137,6 +136,7 @@ func TestConformance(t *testing.T) {
 			}
 			found = true
 			c.Responder = entry.Name
+			c.Serial = entry.Object == responders.NodeObject // there is one Lease for all nodes
 			var params string
 			if c.Params != nil {
 				params, _ = c.Params(t)
@@ -158,19 +158,6 @@ func TestConformance(t *testing.T) {
 		}
 	}
 	t.Run("every responder in one file", func(t *testing.T) { accountFor(t, every) })
-}
-
-// podNow is the very pod as it is now, or nil.
-func podNow(t testing.TB, w conformance.World, pod *corev1.Pod) *corev1.Pod {
-	t.Helper()
-	now, err := w.Admin().CoreV1().Pods(pod.Namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) || err == nil && now.UID != pod.UID {
-		return nil
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return now
 }
 
 func policies(t testing.TB, w conformance.World, namespace string) []networkingv1.NetworkPolicy {

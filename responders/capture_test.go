@@ -390,7 +390,7 @@ func TestEventsOfThePodAlone(t *testing.T) {
 
 func TestManifestWithoutSecrets(t *testing.T) {
 	c := newCapturing(t, "capture-manifest")
-	now := podNow(t, c.world, c.pod)
+	now := conformance.PodNow(t, c.world, c.pod)
 	now.Annotations = map[string]string{
 		"kubectl.kubernetes.io/last-applied-configuration": `{"spec":{"containers":[{"env":[{"name":"DB_PASSWORD","value":"hunter2"},{"name":"MODE","value":"fast"}]}]}}`,
 		"note": "see https://bob:hunter2@example.com/x",

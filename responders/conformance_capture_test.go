@@ -57,7 +57,7 @@ func owned(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
 // own sets the pod's owners.
 func own(t testing.TB, w conformance.World, pod *corev1.Pod, owners ...metav1.OwnerReference) {
 	t.Helper()
-	now := podNow(t, w, pod)
+	now := conformance.PodNow(t, w, pod)
 	now.OwnerReferences = owners
 	if _, err := w.Admin().CoreV1().Pods(pod.Namespace).Update(t.Context(), now, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)

@@ -21,7 +21,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"stoop/node/nodetest"
@@ -30,20 +29,6 @@ import (
 )
 
 func world(t testing.TB) conformance.World { return conformance.NewServer(t) }
-
-// podNow is a pod as the API server has it; nil if it has another of the name
-// or none.
-func podNow(t testing.TB, w conformance.World, pod *corev1.Pod) *corev1.Pod {
-	t.Helper()
-	now, err := w.Admin().CoreV1().Pods(pod.Namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) || err == nil && now.UID != pod.UID {
-		return nil
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return now
-}
 
 // notified is a place that counts what is posted to it, and its address.
 func notified(t testing.TB, each func(r *http.Request, body []byte)) (string, func() int) {
@@ -67,7 +52,7 @@ func conformanceCases() []conformance.Case {
 		{
 			Responder: "delete-pod",
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+				if now := conformance.PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")
 				}
 			},
@@ -75,7 +60,7 @@ func conformanceCases() []conformance.Case {
 		{
 			Responder: "isolate-pod",
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				now := podNow(t, w, pod)
+				now := conformance.PodNow(t, w, pod)
 				if now.Labels["stoop.dev/isolated"] != string(pod.UID) {
 					t.Errorf("the pod's labels are %v", now.Labels)
 				}
@@ -95,7 +80,7 @@ func conformanceCases() []conformance.Case {
 				}
 			},
 			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); len(now.Labels) != 1 || now.Labels["app"] != "web" {
+				if now := conformance.PodNow(t, w, pod); len(now.Labels) != 1 || now.Labels["app"] != "web" {
 					t.Errorf("the pod's labels are %v", now.Labels)
 				}
 				list, err := w.Admin().NetworkingV1().NetworkPolicies(pod.Namespace).List(t.Context(), metav1.ListOptions{})
@@ -110,12 +95,12 @@ func conformanceCases() []conformance.Case {
 				return `{"labels":{"quarantine":"yes","app":""}}`, nil
 			},
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); len(now.Labels) != 1 || now.Labels["quarantine"] != "yes" {
+				if now := conformance.PodNow(t, w, pod); len(now.Labels) != 1 || now.Labels["quarantine"] != "yes" {
 					t.Errorf("the pod's labels are %v", now.Labels)
 				}
 			},
 			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); len(now.Labels) != 1 || now.Labels["app"] != "web" {
+				if now := conformance.PodNow(t, w, pod); len(now.Labels) != 1 || now.Labels["app"] != "web" {
 					t.Errorf("the pod's labels are %v", now.Labels)
 				}
 			},
@@ -230,9 +215,8 @@ func conformanceCases() []conformance.Case {
 	},
 		conformance.Workloads(),
 		nodeCases(),
-		nodeActCases(),
-		rbacCases(),
-		nodeActCases(),
+		conformance.NodeActs("1s"),
+		conformance.Access(),
 		captureCases(),
 		callCases(),
 		conformance.Denials(),

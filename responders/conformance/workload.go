@@ -25,7 +25,7 @@ func Workloads() []Case {
 		{
 			Responder: "evict-pod",
 			Done: func(t testing.TB, w World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+				if now := PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")
 				}
 			},
@@ -40,7 +40,7 @@ func Workloads() []Case {
 			},
 			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				want := map[string]string{"stoop.dev/isolated": string(pod.UID)}
-				if now := podNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, want) {
+				if now := PodNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, want) {
 					t.Fatalf("the pod is gone or its labels are not %v: %+v", want, now)
 				}
 				if _, err := w.Admin().NetworkingV1().NetworkPolicies(pod.Namespace).Get(t.Context(), "stoop-isolate-"+string(pod.UID), metav1.GetOptions{}); err != nil {
@@ -48,7 +48,7 @@ func Workloads() []Case {
 				}
 			},
 			Undone: func(t testing.TB, w World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
+				if now := PodNow(t, w, pod); now == nil || !reflect.DeepEqual(now.Labels, pod.Labels) {
 					t.Errorf("the pod is gone or its labels are not what they were: %+v", now)
 				}
 				list, err := w.Admin().NetworkingV1().NetworkPolicies(pod.Namespace).List(t.Context(), metav1.ListOptions{})
@@ -148,8 +148,8 @@ func MakeService(t testing.TB, admin kubernetes.Interface, namespace, name strin
 	}
 }
 
-// podNow is the very pod as the API server has it; nil when it is gone.
-func podNow(t testing.TB, w World, pod *corev1.Pod) *corev1.Pod {
+// PodNow is the very pod as the API server has it; nil when it is gone.
+func PodNow(t testing.TB, w World, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
 	now, err := w.Admin().CoreV1().Pods(pod.Namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) || err == nil && now.UID != pod.UID {

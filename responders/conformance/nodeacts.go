@@ -1,33 +1,33 @@
-package responders_test
+package conformance
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"stoop/responders/conformance"
 )
 
-// nodeActCases are those of the responders that act on the node as the cluster
-// knows it, and of what they share with those that act on a pod.
-func nodeActCases() []conformance.Case {
-	return []conformance.Case{
+// NodeActs are the cases of the responders that act on the node as the cluster
+// knows it, and of what they share with those that act on a pod. drainFor is how long
+// a drain waits for its pods to end: only where something ends them is that longer.
+func NodeActs(drainFor string) []Case {
+	return []Case{
 		{
 			Responder: "annotate-pod",
 			Params: func(testing.TB) (string, func() int) {
 				return `{"annotations":{"example.com/suspect":"yes: \"it is\"\n"}}`, nil
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); now.Annotations["example.com/suspect"] != "yes: \"it is\"\n" || len(now.Annotations) != 1 {
-					t.Errorf("the pod's annotations are %v", now.Annotations)
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
+				if now := PodNow(t, w, pod); now == nil || now.Annotations["example.com/suspect"] != "yes: \"it is\"\n" || len(now.Annotations) != 1 {
+					t.Errorf("the pod is gone, or has other annotations: %+v", now)
 				}
 			},
-			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
-				if now := podNow(t, w, pod); len(now.Annotations) != 0 {
-					t.Errorf("the pod's annotations are %v", now.Annotations)
+			Undone: func(t testing.TB, w World, pod *corev1.Pod) {
+				if now := PodNow(t, w, pod); now == nil || len(now.Annotations) != 0 {
+					t.Errorf("the pod is gone, or has annotations: %+v", now)
 				}
 			},
 		},
@@ -36,12 +36,12 @@ func nodeActCases() []conformance.Case {
 			Params: func(testing.TB) (string, func() int) {
 				return `{"labels":{"example.com/suspect":"yes"}}`, nil
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if now := nodeNow(t, w, pod.Spec.NodeName); now.Labels["example.com/suspect"] != "yes" {
 					t.Errorf("the node's labels are %v", now.Labels)
 				}
 			},
-			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Undone: func(t testing.TB, w World, pod *corev1.Pod) {
 				if now := nodeNow(t, w, pod.Spec.NodeName); len(now.Labels) != 0 {
 					t.Errorf("the node's labels are %v", now.Labels)
 				}
@@ -49,7 +49,7 @@ func nodeActCases() []conformance.Case {
 		},
 		{
 			Responder: "cordon-node",
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if now := nodeNow(t, w, pod.Spec.NodeName); !now.Spec.Unschedulable || len(notes(now)) != 1 {
 					t.Errorf("the node is %+v", now)
 				}
@@ -61,7 +61,7 @@ func nodeActCases() []conformance.Case {
 			Params: func(testing.TB) (string, func() int) {
 				return `{"value":"yes","effect":"NoExecute"}`, nil
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				now := nodeNow(t, w, pod.Spec.NodeName)
 				if !hasTaint(now, "stoop.dev/suspect=yes:NoExecute") || len(notes(now)) != 1 {
 					t.Errorf("the node is %+v", now)
@@ -72,13 +72,13 @@ func nodeActCases() []conformance.Case {
 		{
 			Responder: "drain-node",
 			Params: func(testing.TB) (string, func() int) {
-				return `{"force":true,"deadline":"1s"}`, nil
+				return fmt.Sprintf(`{"force":true,"deadline":%q}`, drainFor), nil
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if now := nodeNow(t, w, pod.Spec.NodeName); !now.Spec.Unschedulable || len(notes(now)) != 1 {
 					t.Errorf("the node is %+v", now)
 				}
-				if now := podNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+				if now := PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")
 				}
 			},
@@ -87,7 +87,7 @@ func nodeActCases() []conformance.Case {
 	}
 }
 
-func nodeNow(t testing.TB, w conformance.World, name string) *corev1.Node {
+func nodeNow(t testing.TB, w World, name string) *corev1.Node {
 	t.Helper()
 	now, err := w.Admin().CoreV1().Nodes().Get(t.Context(), name, metav1.GetOptions{})
 	if err != nil {
@@ -97,7 +97,7 @@ func nodeNow(t testing.TB, w conformance.World, name string) *corev1.Node {
 }
 
 // inService fails the test unless nothing of stoop's keeps pods off the node.
-func inService(t testing.TB, w conformance.World, pod *corev1.Pod) {
+func inService(t testing.TB, w World, pod *corev1.Pod) {
 	t.Helper()
 	now := nodeNow(t, w, pod.Spec.NodeName)
 	if now.Spec.Unschedulable || len(notes(now)) != 0 || slices.ContainsFunc(now.Spec.Taints, func(t corev1.Taint) bool { return strings.HasPrefix(t.Key, "stoop.dev/") }) {

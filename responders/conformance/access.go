@@ -1,4 +1,4 @@
-package e2e
+package conformance
 
 import (
 	"testing"
@@ -9,11 +9,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"stoop/responders"
-	"stoop/responders/conformance"
 )
 
-// rbacCases are of what audit events are answered with, and of the event.
-func rbacCases() []conformance.Case {
+// Access are the cases of what audit events are answered with, and of the event.
+func Access() []Case {
 	const name = "suspicious"
 	named := func(resource string, pod *corev1.Pod) map[string]any {
 		return map[string]any{
@@ -23,7 +22,7 @@ func rbacCases() []conformance.Case {
 	}
 	// The API server compares what is granted: "view" grants nothing here, where no
 	// controller aggregates it.
-	bind := func(t testing.TB, w conformance.World, pod *corev1.Pod, subjects ...rbacv1.Subject) {
+	bind := func(t testing.TB, w World, pod *corev1.Pod, subjects ...rbacv1.Subject) {
 		t.Helper()
 		_, err := w.Admin().RbacV1().RoleBindings(pod.Namespace).Create(t.Context(), &rbacv1.RoleBinding{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"a": "b"}},
@@ -37,7 +36,7 @@ func rbacCases() []conformance.Case {
 	account := func(pod *corev1.Pod) rbacv1.Subject {
 		return rbacv1.Subject{Kind: "ServiceAccount", Namespace: pod.Namespace, Name: "default"}
 	}
-	binding := func(t testing.TB, w conformance.World, pod *corev1.Pod) *rbacv1.RoleBinding {
+	binding := func(t testing.TB, w World, pod *corev1.Pod) *rbacv1.RoleBinding {
 		t.Helper()
 		b, err := w.Admin().RbacV1().RoleBindings(pod.Namespace).Get(t.Context(), name, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
@@ -48,10 +47,10 @@ func rbacCases() []conformance.Case {
 		}
 		return b
 	}
-	return []conformance.Case{
+	return []Case{
 		{
 			Responder: "event",
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				list, err := w.Admin().CoreV1().Events(pod.Namespace).List(t.Context(), metav1.ListOptions{})
 				if err != nil || len(list.Items) != 1 {
 					t.Fatalf("there are %d events, error %v", len(list.Items), err)
@@ -67,7 +66,7 @@ func rbacCases() []conformance.Case {
 			Params: func(testing.TB) (string, func() int) {
 				return `{"kinds":["configmaps","deployments.apps"]}`, nil
 			},
-			Prepare: func(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
+			Prepare: func(t testing.TB, w World, pod *corev1.Pod) map[string]any {
 				if _, err := w.Admin().CoreV1().ConfigMaps(pod.Namespace).Create(t.Context(), &corev1.ConfigMap{
 					ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"a": "b"},
 				}, metav1.CreateOptions{}); err != nil {
@@ -75,7 +74,7 @@ func rbacCases() []conformance.Case {
 				}
 				return named("configmaps", pod)
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if _, err := w.Admin().CoreV1().ConfigMaps(pod.Namespace).Get(t.Context(), name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 					t.Errorf("the config map is still there (%v)", err)
 				}
@@ -84,16 +83,16 @@ func rbacCases() []conformance.Case {
 		{
 			Responder: "revoke-access", Name: "revoke-access of the alert",
 			Params: func(testing.TB) (string, func() int) { return `{"bind":["ClusterRole/cluster-admin"]}`, nil },
-			Prepare: func(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
+			Prepare: func(t testing.TB, w World, pod *corev1.Pod) map[string]any {
 				bind(t, w, pod, mallory)
 				return named("rolebindings", pod)
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if b := binding(t, w, pod); b != nil {
 					t.Errorf("the binding is still there: %+v", b)
 				}
 			},
-			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Undone: func(t testing.TB, w World, pod *corev1.Pod) {
 				if b := binding(t, w, pod); b == nil || len(b.Subjects) != 1 || b.Subjects[0] != mallory || b.RoleRef.Name != "cluster-admin" || b.Labels["a"] != "b" {
 					t.Errorf("the binding is %+v", b)
 				}
@@ -104,16 +103,16 @@ func rbacCases() []conformance.Case {
 			Params: func(testing.TB) (string, func() int) {
 				return `{"from":"pod","bind":["ClusterRole/cluster-admin"]}`, nil
 			},
-			Prepare: func(t testing.TB, w conformance.World, pod *corev1.Pod) map[string]any {
+			Prepare: func(t testing.TB, w World, pod *corev1.Pod) map[string]any {
 				bind(t, w, pod, mallory, account(pod))
 				return nil
 			},
-			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if b := binding(t, w, pod); b == nil || len(b.Subjects) != 1 || b.Subjects[0] != mallory {
 					t.Errorf("the binding is %+v", b)
 				}
 			},
-			Undone: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
+			Undone: func(t testing.TB, w World, pod *corev1.Pod) {
 				if b := binding(t, w, pod); b == nil || len(b.Subjects) != 2 || b.Subjects[1] != account(pod) {
 					t.Errorf("the binding is %+v", b)
 				}
