@@ -26,16 +26,18 @@ func TestImportsPointOneWay(t *testing.T) {
 		"child":                  {},
 		"broker":                 {"alert", "failpoint"},
 		"broker/brokertest":      {"broker"},
-		"pipe":                   {"alert", "broker"},
+		"pipe":                   {"alert", "broker", "pipe/namedpipe"},
+		"pipe/namedpipe":         {},
 		"rules":                  {"alert", "broker", "param"},
 		"convert":                {"alert", "broker", "param", "rules"},
 		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
 		"router":                 {"alert", "broker", "rules"},
-		"cli":                    {"alert", "broker", "child", "convert", "evidence", "evidence/s3", "failpoint", "node", "param", "pipe", "responders", "router", "rules", "web"},
+		"cli":                    {"alert", "broker", "child", "convert", "evidence", "evidence/s3", "failpoint", "node", "param", "pipe", "pipe/namedpipe", "responders", "router", "rules", "web"},
 		"examples/functions":     {}, // programs of somebody else's, as it were
 		"examples/subscriber":    {},
 		".":                      {"cli"},
+		"cmd/hold":               {"pipe/namedpipe"},
 	}
 	seen := map[string]bool{}
 	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {

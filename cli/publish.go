@@ -13,6 +13,7 @@ import (
 
 	"stoop/broker"
 	"stoop/pipe"
+	"stoop/pipe/namedpipe"
 )
 
 func (p *program) holdCommand() *cobra.Command {
@@ -26,7 +27,7 @@ would fail, and Falco would drop all later alerts in silence.`,
 		Example: "  stoop hold /run/stoop/falco.pipe",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return pipe.Hold(cmd.Context(), args[0], p.logger(Log{}))
+			return namedpipe.Hold(cmd.Context(), args[0], p.logger(Log{}))
 		},
 	}
 }

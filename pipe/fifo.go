@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stoop/broker"
+	"stoop/pipe/namedpipe"
 )
 
 const (
@@ -38,7 +39,7 @@ const (
 // longer than [Patience]. Until then they are looked at: tee(2) copies what is
 // in the FIFO into a scratch pipe, "without consuming any data". So a stoop
 // that is killed leaves in the FIFO what it had not stored, as long as somebody
-// holds it open ([Hold], systemd, Falco itself).
+// holds it open ([namedpipe.Hold], systemd, Falco itself).
 type FIFO struct {
 	path    string // "" when it was handed over
 	file    *os.File
@@ -55,7 +56,7 @@ type FIFO struct {
 func OpenFIFO(path string) (*FIFO, error) { return openFIFO(path, pipeSize) }
 
 func openFIFO(path string, size int) (*FIFO, error) {
-	file, err := openNamed(path)
+	file, err := namedpipe.Open(path)
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +90,7 @@ func FIFOFrom(f *os.File) (*FIFO, error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking at the FIFO that was handed over: %w", err)
 	}
-	if err := checkFIFO(f.Name(), info); err != nil {
+	if err := namedpipe.Check(f.Name(), info); err != nil {
 		return nil, err
 	}
 	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)

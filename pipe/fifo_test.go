@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stoop/alert"
+	"stoop/pipe/namedpipe"
 )
 
 // pipes opens a FIFO of the given size in a temporary folder and a writer to
@@ -333,7 +334,7 @@ func TestFIFOEndsPromptly(t *testing.T) {
 			in, _ := intake(t, Options{Store: store})
 			fifo, w := pipes(t, 64<<10)
 			// Somebody holds it, so that what is left stays.
-			holder, err := openNamed(fifo.path)
+			holder, err := namedpipe.Open(fifo.path)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -403,7 +404,7 @@ func TestFIFOReadByTwo(t *testing.T) {
 	equal(t, "alerts", store.rules(), []string{"a", "b"})
 
 	// Somebody takes an unfinished line away.
-	thief, err := openNamed(fifo.path)
+	thief, err := namedpipe.Open(fifo.path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -552,7 +553,7 @@ func TestHold(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "falco.pipe")
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Hold(ctx, path, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- namedpipe.Hold(ctx, path, slog.New(slog.DiscardHandler)) }()
 	eventually(t, func() error { _, err := os.Stat(path); return err })
 	write(t, path, line("a", "Notice"), 0) // does not block, and is not lost
 	store := &shelf{}
@@ -568,7 +569,7 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(t.TempDir(), "x"), "", os.O_CREATE)
-	if err := Hold(context.Background(), filepath.Dir(path), slog.New(slog.DiscardHandler)); err == nil {
+	if err := namedpipe.Hold(context.Background(), filepath.Dir(path), slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("a folder was held")
 	}
 }
@@ -634,7 +635,7 @@ func TestFIFOSurvivesKills(t *testing.T) {
 	path, out := filepath.Join(dir, "falco.pipe"), filepath.Join(dir, "stored")
 	ctx, cancel := context.WithCancel(context.Background())
 	held := make(chan error, 1)
-	go func() { held <- Hold(ctx, path, slog.New(slog.DiscardHandler)) }()
+	go func() { held <- namedpipe.Hold(ctx, path, slog.New(slog.DiscardHandler)) }()
 	eventually(t, func() error { _, err := os.Stat(path); return err })
 
 	run := func() *exec.Cmd {

@@ -1,6 +1,11 @@
 //go:build unix
 
-package pipe
+// Package namedpipe makes the FIFO that Falco writes to, and keeps it open. It
+// is where an alert waits while nobody reads.
+//
+// It imports nothing of stoop's: what keeps the FIFO open has to be small, and
+// to outlive all the rest.
+package namedpipe
 
 import (
 	"errors"
@@ -12,13 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openNamed opens the FIFO at path, which it creates with mode 0600 if nothing
+// Open opens the FIFO at path, which it creates with mode 0600 if nothing
 // is there. It is opened for reading and writing: so opening never waits for
 // the other end, reading never ends, and Falco's opening never waits for us.
 //
 // fifo(7): "Under Linux, opening a FIFO for read and write will succeed both in
 // blocking and nonblocking mode. POSIX leaves this behavior undefined."
-func openNamed(path string) (*os.File, error) {
+func Open(path string) (*os.File, error) {
 	for try := 0; ; try++ {
 		err := unix.Mkfifo(path, 0o600)
 		if err != nil && !errors.Is(err, fs.ErrExist) {
@@ -36,7 +41,7 @@ func openNamed(path string) (*os.File, error) {
 		if err != nil {
 			return nil, fmt.Errorf("looking at the FIFO %s: %w", path, err)
 		}
-		if err := checkFIFO(path, info); err != nil {
+		if err := Check(path, info); err != nil {
 			return nil, err
 		}
 		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK, 0)
@@ -47,7 +52,7 @@ func openNamed(path string) (*os.File, error) {
 			return nil, fmt.Errorf("opening the FIFO: %w", err)
 		}
 		if info, err = f.Stat(); err == nil {
-			err = checkFIFO(path, info)
+			err = Check(path, info)
 		}
 		if err != nil {
 			f.Close()
@@ -57,8 +62,8 @@ func openNamed(path string) (*os.File, error) {
 	}
 }
 
-// checkFIFO says what stands where a FIFO should be.
-func checkFIFO(path string, info os.FileInfo) error {
+// Check says what stands at path where a FIFO should be, and what to do about it.
+func Check(path string, info os.FileInfo) error {
 	switch mode := info.Mode(); {
 	case mode&fs.ModeNamedPipe != 0:
 		return nil

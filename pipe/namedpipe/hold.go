@@ -1,6 +1,6 @@
 //go:build unix
 
-package pipe
+package namedpipe
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 // without it, Falco's first write after the last reader went would fail, and
 // Falco would drop every later alert in silence. It reads nothing.
 func Hold(ctx context.Context, path string, log *slog.Logger) error {
-	f, err := openNamed(path)
+	f, err := Open(path)
 	if err != nil {
 		return err
 	}
