@@ -379,7 +379,7 @@ func testScaleCustom(t *testing.T) {
 			"schema":{"openAPIV3Schema":{"type":"object","properties":{
 				"spec":{"type":"object","properties":{"size":{"type":"integer"}}},
 				"status":{"type":"object","properties":{"size":{"type":"integer"}}}}}}}]}}`, group, group))
-	w := worldIn(t, shared.cluster, slices.Concat(responders.BaseRBAC(), entry.Grants(raw)))
+	w := worldIn(t, shared.cluster, slices.Concat(responders.BaseRBAC(), entry.PermissionsFor(raw)))
 	s := w.stoop(t, answerWith("scale-workload: {replicas: 1, resources: [shops."+group+"]}"))
 
 	shops := func(name string) []string {

@@ -56,15 +56,11 @@ much as root on every node, so it is not the default.`,
 			{APIGroups: []string{""}, Resources: []string{"pods", "nodes"}, Verbs: []string{"get"}},
 			{APIGroups: []string{""}, Resources: []string{"nodes/checkpoint"}, Verbs: []string{"create"}},
 		},
-		Grants: func(raw json.RawMessage) []rbacv1.PolicyRule {
-			p := checkpointDefaults()
-			if err := param.Decode(raw, &p); err != nil || p.Via != viaAPIServer {
-				return checkpointContainer().RBAC
-			}
-			return []rbacv1.PolicyRule{
-				{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
-				{APIGroups: []string{""}, Resources: []string{"nodes/proxy"}, Verbs: []string{"create"}},
-			}
+		Grants: []Grant{
+			{Rule: rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}}},
+			{Rule: rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get"}}, When: When{"via": viaKubelet}},
+			{Rule: rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/checkpoint"}, Verbs: []string{"create"}}, When: When{"via": viaKubelet}},
+			{Rule: rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/proxy"}, Verbs: []string{"create"}}, When: When{"via": viaAPIServer}},
 		},
 		Kind:     Harm,
 		Object:   PodObject,

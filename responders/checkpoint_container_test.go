@@ -215,7 +215,7 @@ func TestCheckpointContainerGrants(t *testing.T) {
 			continue
 		}
 		for params, want := range map[string]string{"": "nodes/checkpoint", `{"via":"kubelet"}`: "nodes/checkpoint", `{"via":"apiserver"}`: "nodes/proxy"} {
-			got := fmt.Sprint(e.Grants([]byte(params)))
+			got := fmt.Sprint(e.PermissionsFor([]byte(params)))
 			if !strings.Contains(got, want) || strings.Contains(got, "nodes/proxy") != (want == "nodes/proxy") {
 				t.Errorf("with %s it is granted %s, want %s", params, got, want)
 			}

@@ -52,7 +52,7 @@ For a pod that raised an alert itself use delete-pod.
 
 It needs get and delete on the kinds listed, and to delete roles also list on the bindings.`,
 		Params:   param.Describe(deleteResourceDefaults()),
-		Grants:   deleteResourceGrants,
+		Grants:   deleteResourceGrants(),
 		Kind:     Harm,
 		Object:   ResourceObject,
 		Deadline: 15 * time.Second,
@@ -103,23 +103,21 @@ func (p deleteResourceParams) kind(resource string) (schema.GroupResource, bool)
 	return schema.GroupResource{}, false
 }
 
-func deleteResourceGrants(raw json.RawMessage) []rbacv1.PolicyRule {
-	p := deleteResourceDefaults()
-	if param.Decode(raw, &p) != nil {
-		return nil
+func deleteResourceGrants() []Grant {
+	grants := []Grant{{
+		Rule: rbacv1.PolicyRule{APIGroups: []string{"{tail}"}, Resources: []string{"{head}"}, Verbs: []string{"get", "delete"}},
+		Each: "kinds",
+	}}
+	for _, role := range []string{"roles", "clusterroles"} {
+		grants = append(grants, Grant{
+			Rule: rbacv1.PolicyRule{
+				APIGroups: []string{rbacv1.GroupName}, Verbs: []string{"list"},
+				Resources: bindingsOf(schema.GroupResource{Group: rbacv1.GroupName, Resource: role}),
+			},
+			Each: "kinds", Head: role, Tail: rbacv1.GroupName,
+		})
 	}
-	var rules []rbacv1.PolicyRule
-	for _, k := range p.Kinds {
-		gr, err := groupResource(k)
-		if err != nil {
-			continue
-		}
-		rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{gr.Group}, Resources: []string{gr.Resource}, Verbs: []string{"get", "delete"}})
-		if isRole(gr) {
-			rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{rbacv1.GroupName}, Resources: bindingsOf(gr), Verbs: []string{"list"}})
-		}
-	}
-	return rules
+	return grants
 }
 
 func isRole(gr schema.GroupResource) bool {

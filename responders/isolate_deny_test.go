@@ -368,7 +368,7 @@ func TestStrongest(t *testing.T) {
 func TestIsolateGrants(t *testing.T) {
 	e := entryOf(t, "isolate-pod")
 	has := func(params, group string) bool {
-		for _, r := range e.Grants(checked(t, e, params)) {
+		for _, r := range e.PermissionsFor(checked(t, e, params)) {
 			if r.APIGroups[0] == group {
 				return true
 			}

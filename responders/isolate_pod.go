@@ -71,8 +71,8 @@ in kube-system, port 53), not every server on port 53, through which much leaks.
 A node-local cache, or the DNS of a distribution that is labelled otherwise, has to
 be given by its address in allowCIDRs.`,
 		Params:   param.Describe(isolatePodDefaults()),
-		RBAC:     isolateRBAC(true),
-		Grants:   isolatePodGrants,
+		RBAC:     rulesOf(isolatePodGrants()),
+		Grants:   isolatePodGrants(),
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 15 * time.Second,
@@ -80,28 +80,22 @@ be given by its address in allowCIDRs.`,
 	}
 }
 
-// isolateRBAC is what isolating needs, with the kinds that deny if it is to be the
-// strongest.
-func isolateRBAC(strongest bool) []rbacv1.PolicyRule {
-	rules := []rbacv1.PolicyRule{
-		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "patch"}},
-		{
+// isolatePodGrants is what isolating needs, with the kinds that deny where it is to
+// be the strongest.
+func isolatePodGrants() []Grant {
+	grants := always(
+		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "patch"}},
+		rbacv1.PolicyRule{
 			APIGroups: []string{networkingv1.GroupName}, Resources: []string{"networkpolicies"},
 			Verbs: []string{"get", "list", "create", "update", "delete"},
 		},
-	}
-	if strongest {
-		for _, k := range denyKinds() {
-			rules = append(rules, k.rbac()...)
+	)
+	for _, k := range denyKinds() {
+		for _, r := range k.rbac() {
+			grants = append(grants, Grant{Rule: r, When: When{"strength": strongest}})
 		}
 	}
-	return rules
-}
-
-func isolatePodGrants(raw json.RawMessage) []rbacv1.PolicyRule {
-	p := isolatePodDefaults()
-	err := param.Decode(raw, &p)
-	return isolateRBAC(err != nil || p.Strength == strongest)
+	return grants
 }
 
 type isolatePodParams struct {

@@ -59,8 +59,8 @@ isolation. The pod serves again. Its controller may take it back, has one pod to
 then, and deletes one, perhaps this one; it surely does after a rollout, since the
 ReplicaSet of an older revision wants no pods at all. Look into it before you undo.`,
 		Params:   param.Describe(isolatePodDefaults()),
-		RBAC:     quarantineRBAC(isolatePod().RBAC),
-		Grants:   quarantinePodGrants,
+		RBAC:     rulesOf(quarantinePodGrants()),
+		Grants:   quarantinePodGrants(),
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 20 * time.Second,
@@ -75,15 +75,10 @@ ReplicaSet of an older revision wants no pods at all. Look into it before you un
 }
 
 // quarantinePodGrants are those of the isolation, and of what comes after it.
-func quarantinePodGrants(params json.RawMessage) []rbacv1.PolicyRule {
-	isolate := isolatePod()
-	return quarantineRBAC(isolate.permissions(params))
-}
-
-func quarantineRBAC(isolation []rbacv1.PolicyRule) []rbacv1.PolicyRule {
-	return append(isolation,
+func quarantinePodGrants() []Grant {
+	return append(isolatePodGrants(), always(
 		rbacv1.PolicyRule{APIGroups: []string{"apps"}, Resources: []string{"replicasets", "daemonsets"}, Verbs: []string{"get"}},
-		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}})
+		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list"}})...)
 }
 
 // isolator is what isolate-pod is made of.

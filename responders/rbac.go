@@ -47,14 +47,6 @@ func (e *Entry) NamespaceField(params json.RawMessage) string {
 	return ""
 }
 
-// permissions are what a step with these parameters needs.
-func (e *Entry) permissions(params json.RawMessage) []rbacv1.PolicyRule {
-	if e.Grants != nil {
-		return e.Grants(params)
-	}
-	return e.RBAC
-}
-
 // Permissions are the least that steps need, by where they need it.
 type Permissions struct {
 	cluster    grants
@@ -181,8 +173,8 @@ func (p *Permissions) plan(entries []Entry, s Planned) error {
 	if s.Namespaces != nil && len(s.Namespaces) == 0 && e.NamespaceField(s.Params) != "" {
 		return nil
 	}
-	everywhere := s.Namespaces == nil || e.NamespaceField(s.Params) == "" || e.Everywhere != nil && e.Everywhere(s.Params)
-	for _, r := range split(e.permissions(s.Params)) {
+	everywhere := s.Namespaces == nil || e.NamespaceField(s.Params) == "" || e.with(e.Everywhere, s.Params)
+	for _, r := range split(e.PermissionsFor(s.Params)) {
 		one := []rbacv1.PolicyRule{r}
 		scoped := clusterScoped(r.APIGroups[0], r.Resources[0])
 		switch {
@@ -236,7 +228,11 @@ func ofOwnNamespace(r rbacv1.PolicyRule) bool {
 // does not know it takes for namespaced.
 func clusterScoped(group, resource string) bool {
 	resource, _, _ = strings.Cut(resource, "/")
-	return slices.Contains(map[string][]string{
+	return slices.Contains(clusterScopedResources()[group], resource)
+}
+
+func clusterScopedResources() map[string][]string {
+	return map[string][]string{
 		"":                             {"nodes", "namespaces", "persistentvolumes"},
 		"admissionregistration.k8s.io": {"mutatingadmissionpolicies", "mutatingadmissionpolicybindings", "mutatingwebhookconfigurations", "validatingadmissionpolicies", "validatingadmissionpolicybindings", "validatingwebhookconfigurations"},
 		"apiextensions.k8s.io":         {"customresourcedefinitions"},
@@ -252,7 +248,7 @@ func clusterScoped(group, resource string) bool {
 		rbacv1.GroupName:               {"clusterroles", "clusterrolebindings"},
 		"scheduling.k8s.io":            {"priorityclasses"},
 		"storage.k8s.io":               {"csidrivers", "csinodes", "storageclasses", "volumeattachments"},
-	}[group], resource)
+	}
 }
 
 // Write prints the roles, their bindings, and the policies that tie the account to

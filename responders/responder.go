@@ -85,15 +85,15 @@ type Entry struct {
 	// Approve reports whether a step with these parameters waits until a person
 	// approves it, where its rule does not say; nil: none does.
 	Approve func(params json.RawMessage) bool
-	// Grants are the permissions that a step with these parameters needs; nil:
-	// they are RBAC, whatever the parameters.
-	Grants func(params json.RawMessage) []rbacv1.PolicyRule
-	// ObjectOf is what a step with these parameters acts on; nil: Object,
-	// whatever the parameters.
-	ObjectOf func(params json.RawMessage) Object
-	// Everywhere reports whether a step with these parameters needs its permissions
-	// in all namespaces, also where its rule is limited to some; nil: no.
-	Everywhere func(params json.RawMessage) bool
+	// Grants are the permissions that a step needs, where its parameters decide;
+	// nil: they are RBAC, whatever the parameters.
+	Grants []Grant
+	// PodWhen are the parameters with which a step acts on the pod instead of
+	// Object; nil: none.
+	PodWhen When
+	// Everywhere are the parameters with which a step needs its permissions in all
+	// namespaces, also where its rule is limited to some; nil: none.
+	Everywhere When
 	// Lane names the destination that a step goes to, so that a hanging one
 	// holds up no other; nil means that all steps share one.
 	Lane func(params json.RawMessage) string
@@ -228,8 +228,8 @@ func (e *Entry) cluster() bool {
 
 // objectOf is what a step with these parameters acts on.
 func (e *Entry) objectOf(params json.RawMessage) Object {
-	if e.ObjectOf != nil {
-		return e.ObjectOf(params)
+	if e.with(e.PodWhen, params) {
+		return PodObject
 	}
 	return e.Object
 }

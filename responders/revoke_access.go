@@ -49,17 +49,14 @@ role. It has it for what bind lists and for nothing else, since whoever holds st
 may then bind these roles too. Without it such a binding is left, the step fails and says so,
 and what was removed can be restored by hand: each binding is kept as evidence, N.again.json
 as kubectl create takes it.`,
-		Params:   param.Describe(revokeAccessDefaults()),
-		Grants:   revokeAccessGrants,
-		Kind:     Harm,
-		Object:   ResourceObject,
-		ObjectOf: revokeAccessObject,
-		Everywhere: func(raw json.RawMessage) bool {
-			p := revokeAccessDefaults()
-			return param.Decode(raw, &p) == nil && p.From == "pod" && p.Namespaces == "all"
-		},
-		Deadline: 30 * time.Second,
-		Approve:  func(json.RawMessage) bool { return true },
+		Params:     param.Describe(revokeAccessDefaults()),
+		Grants:     revokeAccessGrants(),
+		Kind:       Harm,
+		Object:     ResourceObject,
+		PodWhen:    When{"from": "pod"},
+		Everywhere: When{"from": "pod", "namespaces": "all"},
+		Deadline:   30 * time.Second,
+		Approve:    func(json.RawMessage) bool { return true },
 		New: func(env Env) Responder {
 			return &accessRevoker{kube: env.Kube, store: env.Evidence, self: env.Self, protected: env.ProtectedNamespace}
 		},
@@ -92,37 +89,26 @@ func (p revokeAccessParams) Validate() error {
 	return checkVerbs(p.Verbs)
 }
 
-func revokeAccessObject(raw json.RawMessage) Object {
-	p := revokeAccessDefaults()
-	if param.Decode(raw, &p) == nil && p.From == "pod" {
-		return PodObject
+func revokeAccessGrants() []Grant {
+	bindings := func(verbs ...string) rbacv1.PolicyRule {
+		return rbacv1.PolicyRule{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"rolebindings", "clusterrolebindings"}, Verbs: verbs}
 	}
-	return ResourceObject
-}
-
-func revokeAccessGrants(raw json.RawMessage) []rbacv1.PolicyRule {
-	p := revokeAccessDefaults()
-	if param.Decode(raw, &p) != nil {
-		return nil
+	grants := []Grant{
+		{Rule: bindings("get", "delete")},
+		{Rule: bindings("list"), When: When{"from": "pod"}},
+		{Rule: rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}}, When: When{"from": "pod"}},
+		{Rule: bindings("create", "patch"), Each: "bind"},
 	}
-	both := []string{"rolebindings", "clusterrolebindings"}
-	verbs := []string{"get", "delete"}
-	var rules []rbacv1.PolicyRule
-	if p.From == "pod" {
-		verbs = append(verbs, "list")
-		rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}})
-	}
-	if len(p.Bind) > 0 {
-		verbs = append(verbs, "create", "patch")
-	}
-	rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{rbacv1.GroupName}, Resources: both, Verbs: verbs})
-	for _, b := range p.Bind {
-		kind, name, _ := strings.Cut(b, "/")
-		rules = append(rules, rbacv1.PolicyRule{
-			APIGroups: []string{rbacv1.GroupName}, Resources: []string{strings.ToLower(kind) + "s"}, Verbs: []string{"bind"}, ResourceNames: []string{name},
+	for _, kind := range []string{"Role", "ClusterRole"} {
+		grants = append(grants, Grant{
+			Rule: rbacv1.PolicyRule{
+				APIGroups: []string{rbacv1.GroupName}, Resources: []string{strings.ToLower(kind) + "s"},
+				Verbs: []string{"bind"}, ResourceNames: []string{"{tail}"},
+			},
+			Each: "bind", Cut: "/", Head: kind,
 		})
 	}
-	return rules
+	return grants
 }
 
 // binding is a RoleBinding or a ClusterRoleBinding: they have the same fields.

@@ -53,16 +53,10 @@ For kinds besides Deployment, StatefulSet and ReplicaSet stoop needs permissions
 its own: get on the resource, get and update on its scale. The parameter resources
 has stoop rbac write them.`,
 		Params: param.Describe(scaleWorkloadParams{}),
-		RBAC: []rbacv1.PolicyRule{
-			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
-			{APIGroups: []string{"apps"}, Resources: []string{"deployments", "replicasets", "statefulsets"}, Verbs: []string{"get"}},
-			{
-				APIGroups: []string{"apps"}, Resources: []string{"deployments/scale", "replicasets/scale", "statefulsets/scale"},
-				Verbs: []string{"get", "update"},
-			},
-			{APIGroups: []string{"autoscaling"}, Resources: []string{"horizontalpodautoscalers"}, Verbs: []string{"list"}},
-		},
-		Grants:   scaleWorkloadGrants,
+		RBAC:   scaleWorkloadRBAC(),
+		Grants: append(always(scaleWorkloadRBAC()...),
+			Grant{Rule: rbacv1.PolicyRule{APIGroups: []string{"{tail}"}, Resources: []string{"{head}"}, Verbs: []string{"get"}}, Each: "resources"},
+			Grant{Rule: rbacv1.PolicyRule{APIGroups: []string{"{tail}"}, Resources: []string{"{head}/scale"}, Verbs: []string{"get", "update"}}, Each: "resources"}),
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 15 * time.Second,
@@ -92,19 +86,16 @@ func (p scaleWorkloadParams) Validate() error {
 	return nil
 }
 
-func scaleWorkloadGrants(params json.RawMessage) []rbacv1.PolicyRule {
-	rules := scaleWorkload().RBAC
-	var p scaleWorkloadParams
-	if param.Decode(params, &p) != nil || p.Validate() != nil {
-		return rules
+func scaleWorkloadRBAC() []rbacv1.PolicyRule {
+	return []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
+		{APIGroups: []string{"apps"}, Resources: []string{"deployments", "replicasets", "statefulsets"}, Verbs: []string{"get"}},
+		{
+			APIGroups: []string{"apps"}, Resources: []string{"deployments/scale", "replicasets/scale", "statefulsets/scale"},
+			Verbs: []string{"get", "update"},
+		},
+		{APIGroups: []string{"autoscaling"}, Resources: []string{"horizontalpodautoscalers"}, Verbs: []string{"list"}},
 	}
-	for _, r := range p.Resources {
-		name, group, _ := strings.Cut(r, ".")
-		rules = append(rules,
-			rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{name}, Verbs: []string{"get"}},
-			rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{name + "/scale"}, Verbs: []string{"get", "update"}})
-	}
-	return rules
 }
 
 type workloadScaler struct{ workloadActor }

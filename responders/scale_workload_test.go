@@ -283,7 +283,7 @@ func TestScaleWorkloadParams(t *testing.T) {
 			t.Errorf("%s: problems %q, want %q", params, got, want)
 		}
 	}
-	plain, more := entry.Grants(nil), entry.Grants(json.RawMessage(`{"resources":["rollouts.argoproj.io"]}`))
+	plain, more := entry.PermissionsFor(nil), entry.PermissionsFor(json.RawMessage(`{"resources":["rollouts.argoproj.io"]}`))
 	if !reflect.DeepEqual(plain, entry.RBAC) {
 		t.Errorf("without parameters: %v", plain)
 	}
