@@ -193,6 +193,7 @@ func (p *parser) set(set *Set, root *yaml.Node) {
 // finish does what needs all of the file: the modes and the names.
 func (p *parser) finish(set *Set) {
 	lines := map[string]int{}
+	whens := 0
 	for _, r := range set.Rules {
 		if n := r.nameNode; n != nil {
 			if first := lines[r.Name]; first != 0 {
@@ -205,6 +206,12 @@ func (p *parser) finish(set *Set) {
 			r.Mode = set.Mode
 		}
 		r.nameNode = nil
+		if r.When != nil {
+			if whens++; whens > maxWhens {
+				p.bad(r.whenNode, "there are more than %d rules with a when", maxWhens)
+			}
+			r.whenNode = nil
+		}
 	}
 }
 
@@ -219,7 +226,7 @@ func (p *parser) rule(n *yaml.Node) *Rule {
 	var except *yaml.Node
 	onFailure := broker.Continue
 	var actions []*yaml.Node
-	known := []string{"name", "description", "mode", "match", "except", "where", "onFailure", "actions"}
+	known := []string{"name", "description", "mode", "match", "except", "where", "when", "onFailure", "actions"}
 	seen := p.keys(n, known, func(key string, kn, v *yaml.Node) {
 		switch key {
 		case "name":
@@ -239,6 +246,8 @@ func (p *parser) rule(n *yaml.Node) *Rule {
 			p.conditions(r.except, key, v, kn)
 		case "where":
 			r.where = p.where(v, kn)
+		case "when":
+			r.When, r.whenNode = p.when(v, kn), v
 		case "onFailure":
 			onFailure = p.onFailure(v, kn)
 		case "actions":
@@ -263,6 +272,11 @@ func (p *parser) rule(n *yaml.Node) *Rule {
 		}
 	}
 	p.doubts(r, except)
+	if r.When != nil {
+		p.whenDoubts(r, r.whenNode)
+		r.When.ID = meaning(n, "name", "match", "except", "where", "when")
+	}
+	r.Hash = meaning(n, "match", "except", "where", "when", "onFailure", "actions")
 	return r
 }
 

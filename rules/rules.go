@@ -55,13 +55,15 @@ type Rule struct {
 	Description string
 	Mode        broker.Mode // its own, or the file's; the program's is a ceiling for it
 	Actions     []broker.Action
+	When        *When  // how many alerts have to agree; nil: one is enough
+	Hash        string // of what the rule means: all but its name, description and mode
 
 	position int // in the file, from 0
 	match    conditions
 	except   *conditions
 	where    *expression
 
-	nameNode *yaml.Node // only while the file is read
+	nameNode, whenNode *yaml.Node // only while the file is read
 }
 
 // What a file of rules may hold at most.
