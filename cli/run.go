@@ -88,7 +88,11 @@ everything happens but the acts.`,
 			if c.Mode != string(broker.Audit) && c.Mode != string(broker.Enforce) {
 				return usage("--mode is %q: it is audit or enforce", c.Mode)
 			}
-			return p.run(cmd.Context(), &c, f.rules)
+			err = p.run(cmd.Context(), &c, f.rules)
+			if err != nil {
+				tellSystemd(statusLine(err.Error()))
+			}
+			return err
 		},
 	}
 	fl := cmd.Flags()
@@ -279,8 +283,10 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	}
 
 	log.Info("ready", "version", version(), "node", nodeName, "mode", c.Mode, "rules", len(set.Rules), "hash", set.Hash, "cluster", kube != nil)
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
-	bg.Go(func() { watchdog(background, h) })
+	tellSystemd(daemon.SdNotifyReady)
+	bg.Go(func() {
+		notifySystemd(background, func() string { return h.status(c.Mode) }, h.live)
+	})
 	ended := make(chan struct{})
 	for _, s := range sources {
 		src.Go(func() {
@@ -297,7 +303,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		waitIdle(reading, intake, e)
 	}
 	cause := context.Cause(reading)
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	tellSystemd(daemon.SdNotifyStopping)
 	stopReading(nil)
 	<-ended
 	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
@@ -544,24 +550,4 @@ func (t *teller) tell(title, detail string) {
 		return
 	}
 	t.intake.Put([]broker.Arrival{{Alert: a, Received: time.Now(), Origin: broker.OriginStoop}})
-}
-
-// watchdog tells systemd that stoop is alive, as long as it is.
-func watchdog(ctx context.Context, h *health) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every <= 0 {
-		return
-	}
-	tick := time.NewTicker(every / 3)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if h.live() == nil {
-				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
-			}
-		}
-	}
 }
