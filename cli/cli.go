@@ -137,7 +137,7 @@ which it only says what it would do.`,
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
 		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.evidenceCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.versionCommand(), p.convertCommand(),
-		p.childCommand(),
+		p.childCommand(), p.prepareCommand(), p.probeCommand(),
 	)
 	for _, c := range root.Commands() {
 		if check := c.Args; check != nil {
@@ -201,9 +201,6 @@ func width(w any) int {
 
 // version is what the program was built from.
 func version() string {
-	if release != "" {
-		return release
-	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
