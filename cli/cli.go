@@ -201,6 +201,9 @@ func width(w any) int {
 
 // version is what the program was built from.
 func version() string {
+	if release != "" {
+		return release
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
