@@ -29,6 +29,7 @@ const (
 	apiHistory = "stoop.api.history"
 	apiPublish = "stoop.api.publish"
 	apiWatch   = "stoop.api.watch"
+	apiStatus  = "stoop.api.status"
 )
 
 // headerMore is on every answer to a history request but the last.
@@ -104,7 +105,7 @@ type desk struct {
 func (a *api) desks() []desk {
 	busy := fmt.Sprintf("%d requests are being answered: ask again later", apiMost)
 	return []desk{
-		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting}, apiMost, apiTimeout, busy},
+		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
 			map[string]answer{apiHistory: a.history},

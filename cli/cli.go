@@ -136,7 +136,7 @@ which it only says what it would do.`,
 	root.Flags().BoolVar(&asked, "version", false, "print the version")
 	root.AddCommand(
 		p.runCommand(), p.checkCommand(), p.testCommand(), p.holdCommand(), p.publishCommand(), p.tailCommand(),
-		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.evidenceCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.versionCommand(), p.convertCommand(),
+		p.historyCommand(), p.undoCommand(), p.approveCommand(), p.denyCommand(), p.evidenceCommand(), p.pauseCommand(), p.resumeCommand(), p.respondersCommand(), p.rbacCommand(), p.doctorCommand(), p.versionCommand(), p.convertCommand(),
 		p.childCommand(), p.prepareCommand(), p.probeCommand(),
 	)
 	for _, c := range root.Commands() {

@@ -32,6 +32,7 @@ type engine struct {
 	router  *router.Router
 	host    responders.Config // but for the broker
 	local   *broker.Local
+	health  *health // of the whole, for who asks
 	store   *storeSwitch
 	log     *slog.Logger
 	current atomic.Pointer[generation]

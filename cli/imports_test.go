@@ -32,8 +32,9 @@ func TestImportsPointOneWay(t *testing.T) {
 		"convert":                {"alert", "broker", "param", "rules"},
 		"responders":             {"alert", "broker", "child", "evidence", "failpoint", "node", "param"},
 		"responders/conformance": {"alert", "broker", "broker/brokertest", "evidence", "node", "responders"},
+		"doctor":                 {"broker", "node", "pipe/namedpipe", "responders"},
 		"router":                 {"alert", "broker", "rules"},
-		"cli":                    {"alert", "broker", "child", "convert", "evidence", "evidence/s3", "failpoint", "node", "param", "pipe", "pipe/namedpipe", "responders", "router", "rules", "web"},
+		"cli":                    {"alert", "broker", "child", "convert", "doctor", "evidence", "evidence/s3", "failpoint", "node", "param", "pipe", "pipe/namedpipe", "responders", "router", "rules", "web"},
 		"examples/functions":     {}, // programs of somebody else's, as it were
 		"examples/subscriber":    {},
 		".":                      {"cli"},

@@ -214,6 +214,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	})
 	told.intake = intake
 	h := &health{engine: e, intake: intake, pods: pods, source: len(sources) > 0}
+	e.health = h
 	h.rules.Store(set)
 	h.register(reg)
 
@@ -425,6 +426,21 @@ func (c *Config) sources(p *program) ([]pipe.Source, error) {
 // cluster is the client for the API server, nil when there is none, and what
 // stoop is known by.
 func (c *Config) cluster(log *slog.Logger) (*responders.Kube, responders.Self, error) {
+	rc, self, err := c.reach()
+	if rc == nil || err != nil {
+		return nil, self, err
+	}
+	client, err := responders.NewKube(rc)
+	if err != nil {
+		return nil, self, fmt.Errorf("reach the API server: %w", err)
+	}
+	log.Debug("cluster", "server", rc.Host, "user", self.User)
+	return client, self, nil
+}
+
+// reach is how the API server is reached, nil when there is none, and what stoop is
+// known by.
+func (c *Config) reach() (*rest.Config, responders.Self, error) {
 	self := responders.Self{
 		PID: int64(os.Getpid()), Container: ownContainer(),
 		Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"),
@@ -447,12 +463,7 @@ func (c *Config) cluster(log *slog.Logger) (*responders.Kube, responders.Self, e
 	self.User = tokenUser(rc)
 	rc.QPS, rc.Burst = float32(c.Kubernetes.QPS), c.Kubernetes.Burst
 	rc.UserAgent = "stoop/" + version()
-	client, err := responders.NewKube(rc)
-	if err != nil {
-		return nil, self, fmt.Errorf("reach the API server: %w", err)
-	}
-	log.Debug("cluster", "server", rc.Host, "user", self.User)
-	return client, self, nil
+	return rc, self, nil
 }
 
 // tokenUser is the service account that a token is of, or "". The token is
@@ -508,6 +519,9 @@ func (c *Config) guards(name string, self responders.Self, own *responders.OwnPr
 	return g
 }
 
+// fleetNamespace is where stoops agree that run in no pod.
+const fleetNamespace = "default"
+
 // fleet is this node's part in the budget of the whole cluster; nil without a
 // cluster, and where it is off.
 func (c *Config) fleet(kube *responders.Kube, name string, self responders.Self, told *teller, log *slog.Logger, reg prometheus.Registerer) (*responders.Fleet, error) {
@@ -516,7 +530,7 @@ func (c *Config) fleet(kube *responders.Kube, name string, self responders.Self,
 	}
 	namespace := self.Namespace
 	if namespace == "" {
-		namespace = "default"
+		namespace = fleetNamespace
 	}
 	return responders.NewFleet(responders.FleetConfig{
 		Kube: kube, Namespace: namespace, Node: name, Limit: responders.Rate(c.Guard.Limits.Cluster),

@@ -257,6 +257,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusNotFound, status(http.StatusNotFound, metav1.StatusReasonNotFound, "the server could not find the requested resource"))
 		return
 	}
+	token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if answer, ok := s.about(r, token); ok {
+		reply(w, http.StatusOK, answer)
+		return
+	}
 	if answer, ok := discover(r.URL.Path); ok {
 		reply(w, http.StatusOK, answer)
 		return
@@ -270,7 +275,6 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return
 	}
-	token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
 	s.mu.Lock()
 	forbidden := token == stoopToken && s.forbidden[c.verb+" "+c.permission()]
 	s.mu.Unlock()

@@ -1,0 +1,156 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestPipe(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("who has a file open can be seen by root alone")
+	}
+	c := config(t)
+	c.Source.Pipe = fifo(t)
+	path := c.Source.Pipe
+
+	found := examine(t, c, "source")
+	has(t, found, OK, path, "is a FIFO", "-rw-------")
+	has(t, found, Warning, "nobody but stoop holds", "ListenFIFO")
+
+	holder, stopHolder := open(t, path, unix.O_RDWR, "stoop-hold", path)
+	found = examine(t, c, "source")
+	has(t, found, OK, fmt.Sprintf("held open by stoop-hold (process %d)", holder))
+	none(t, found, Warning, Missing)
+
+	reader, _ := open(t, path, unix.O_RDWR, "stoop", "run", "--pipe", path)
+	falco, _ := open(t, path, unix.O_WRONLY, "falco")
+	found = examine(t, c, "source")
+	has(t, found, OK, fmt.Sprintf("read by stoop run (process %d)", reader), fmt.Sprintf("held open by stoop-hold (process %d)", holder), fmt.Sprintf("written to by falco (process %d)", falco))
+	none(t, found, Warning, Missing)
+
+	// A stoop by another name is known by the lock that it holds.
+	lock := write(t, filepath.Join(c.Data, "run.lock"), "")
+	_, stopOther := open(t, lock, unix.O_RDWR, "other")
+	none(t, examine(t, c, "source"), Warning)
+	stopOther()
+
+	stopHolder()
+	found = examine(t, c, "source")
+	has(t, found, Warning, "nobody but stoop holds")
+
+	second, stopSecond := open(t, path, unix.O_RDWR, "stoop", "run")
+	has(t, examine(t, c, "source"), Warning, strconv.Itoa(reader), strconv.Itoa(second), "only one of them can")
+	stopSecond()
+
+	cat, _ := open(t, path, unix.O_RDONLY, "cat")
+	has(t, examine(t, c, "source"), Missing, fmt.Sprintf("cat (process %d)", cat), "takes alerts away")
+}
+
+// What stands where the FIFO should be, and what Falco writes to in its stead.
+func TestPipeIsNone(t *testing.T) {
+	c := config(t)
+	c.Source.Pipe = filepath.Join(t.TempDir(), "falco.pipe")
+	has(t, examine(t, c, "source"), Missing, "there is no FIFO", "stoop hold "+c.Source.Pipe)
+	write(t, c.Source.Pipe, "an alert\n")
+	has(t, examine(t, c, "source"), Missing, "regular file of 9 bytes", "stop Falco", "mv "+c.Source.Pipe)
+	if got, err := os.ReadFile(c.Source.Pipe); err != nil || string(got) != "an alert\n" {
+		t.Errorf("the file holds %q, %v", got, err)
+	}
+	if err := os.Remove(c.Source.Pipe); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(c.Source.Pipe, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	has(t, examine(t, c, "source"), Missing, "is a folder and no FIFO")
+}
+
+func TestFalcoWritesElsewhere(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("who has a file open can be seen by root alone")
+	}
+	c := config(t)
+	c.Source.Pipe = fifo(t)
+	hold, _ := os.OpenFile(c.Source.Pipe, os.O_RDWR, 0)
+	defer hold.Close()
+	falco, _ := open(t, c.Source.Pipe, unix.O_WRONLY, "falco")
+	if err := os.Remove(c.Source.Pipe); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(c.Source.Pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	has(t, examine(t, c, "source"), Missing, fmt.Sprintf("falco (process %d) writes to another file", falco), fmt.Sprintf("kill -USR1 %d", falco))
+}
+
+// To look at the FIFO must not open it: an end that comes and goes can be Falco's last
+// reader. A write to it fails as long as nobody reads it.
+func TestPipeIsNotOpened(t *testing.T) {
+	c := config(t)
+	c.Source.Pipe = fifo(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		for ctx.Err() == nil {
+			examine(t, c, "source")
+		}
+	}()
+	for ctx.Err() == nil {
+		if fd, err := unix.Open(c.Source.Pipe, unix.O_WRONLY|unix.O_NONBLOCK, 0); err != unix.ENXIO {
+			unix.Close(fd)
+			t.Errorf("somebody has the FIFO open: %v", err)
+			break
+		}
+	}
+	cancel()
+	<-looked
+}
+
+func TestFile(t *testing.T) {
+	c := config(t)
+	c.Source.File = filepath.Join(t.TempDir(), "falco.json")
+	has(t, examine(t, c, "source"), Warning, "is not there yet")
+	write(t, c.Source.File, strings.Repeat("x", 2048))
+	has(t, examine(t, c, "source"), OK, "holds 2 KiB")
+	c.Source.File = t.TempDir()
+	has(t, examine(t, c, "source"), Missing, "is no regular file")
+}
+
+func TestStoop(t *testing.T) {
+	c := config(t)
+	has(t, examine(t, c, "stoop"), Warning, "no stoop runs on "+c.Data)
+	now := time.Now()
+	running := Running{
+		Version: "1.0", Node: "node-1", Mode: "audit", Rules: "abc",
+		LastAlert: &LastAlert{Rule: "Shell", Time: now.Add(-time.Millisecond), Received: now, Hostname: "node-1", Origin: "fifo"},
+	}
+	c.Running = func(context.Context) (Running, error) { return running, nil }
+	found := examine(t, c, "stoop")
+	has(t, found, OK, "node-1", "audit mode", "by fifo")
+	none(t, found, Warning, Missing)
+
+	running.Paused, running.NotReady, running.Version, running.Rules = true, "store: refuses\npipe: waits", "0.9", "def"
+	running.LastAlert.Hostname, c.Aliases = "ip-10-0-0-1", []string{"other"}
+	found = examine(t, c, "stoop")
+	has(t, found, Warning, "paused", "stoop resume")
+	has(t, found, Missing, "store: refuses; pipe: waits")
+	has(t, found, Warning, "1.0", "0.9")
+	has(t, found, Warning, "it follows rules def", "rules.yaml are rules abc")
+	has(t, found, Missing, `"ip-10-0-0-1"`, "aliases: [ip-10-0-0-1]", "FALCO_HOSTNAME=node-1")
+	c.Aliases = []string{"ip-10-0-0-1"}
+	running.LastAlert.Text = true
+	found = examine(t, c, "stoop")
+	has(t, found, Missing, "plain text", "json_output: true")
+	running.LastAlert = nil
+	has(t, examine(t, c, "stoop"), Warning, "no alert yet")
+}
