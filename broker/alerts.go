@@ -277,8 +277,15 @@ func (b *Broker) lastStored(ctx context.Context) (map[string]struct{}, error) {
 	return seen, nil
 }
 
-// readerGone is when the server forgets a reader that has gone without a word.
-const readerGone = 10 * time.Second
+const (
+	// readerGone is when the server forgets a reader that has gone without a word.
+	readerGone = 10 * time.Second
+	// readerStalls is when a store that gives nothing more counts as damaged.
+	readerStalls = 5 * time.Second
+)
+
+// errStalled says that a store holds more than it gives.
+var errStalled = errors.New("the store does not give what it holds: its files are damaged")
 
 // drain hands over what a consumer has to give now, and returns at its end.
 func (b *Broker) drain(ctx context.Context, c jetstream.Consumer, each func(jetstream.Msg) error) error {
@@ -301,7 +308,12 @@ func (b *Broker) drain(ctx context.Context, c jetstream.Consumer, each func(jets
 	}
 	defer it.Stop()
 	for range info.NumPending {
-		m, err := it.Next(jetstream.NextContext(ctx))
+		next, cancel := context.WithTimeoutCause(ctx, readerStalls, errStalled)
+		m, err := it.Next(jetstream.NextContext(next))
+		if err != nil && ctx.Err() == nil && next.Err() != nil {
+			err = context.Cause(next)
+		}
+		cancel()
 		if errors.Is(err, jetstream.ErrMsgIteratorClosed) {
 			return nil
 		}

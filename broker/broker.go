@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,6 +31,8 @@ import (
 type Config struct {
 	Dir        string        // the data folder; "" keeps everything in memory
 	Memory     bool          // keep the streams in memory although there is a Dir (its disk is full)
+	Journal    Head          // with Memory: where the journal on the disk ended
+	ReadOnly   bool          // for reading a copy of a store: its limits stay as they are, and nothing may be stored
 	Sync       time.Duration // how often the files are synced to disk; default 1 s
 	SyncAlways bool          // after every message instead
 
@@ -93,10 +96,11 @@ type Broker struct {
 	sound    context.Context // ends when the store has failed, its cause says why
 	fail     context.CancelCauseFunc
 	state    *State
+	journal  journal
 	closed   sync.Once
 
-	syncing  sync.WaitGroup
-	stopSync context.CancelFunc
+	keeping     sync.WaitGroup
+	stopKeeping context.CancelFunc
 }
 
 // Lock takes the data folder for this process, for as long as it lives, and
@@ -168,13 +172,20 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	if err := b.createStreams(ctx); err != nil {
 		return nil, err
 	}
+	if cfg.ReadOnly {
+		return b, nil
+	}
 	if b.seen, err = b.lastStored(ctx); err != nil {
 		return nil, err
 	}
+	if err := b.openJournal(ctx); err != nil {
+		return nil, err
+	}
+	keeping, stop := context.WithCancel(context.Background())
+	b.stopKeeping = stop
+	b.keeping.Go(func() { b.journalLoop(keeping) })
 	if !cfg.memory() && !cfg.SyncAlways {
-		syncing, stop := context.WithCancel(context.Background())
-		b.stopSync = stop
-		b.syncing.Go(func() { b.syncLoop(syncing, store, cfg.Sync) })
+		b.keeping.Go(func() { b.syncLoop(keeping, store, cfg.Sync) })
 	}
 	return b, nil
 }
@@ -234,6 +245,9 @@ func (b *Broker) startServer(store string) error {
 			{Username: userCall, Password: b.secret, Permissions: callPermissions(b.calls.inbox, b.cfg.Mirror)},
 			{Username: userLocal, Password: b.guest, Permissions: clientPermissions(b.cfg.Mirror)},
 		},
+	}
+	if b.cfg.ReadOnly {
+		opts.JetStreamMaxStore = math.MaxInt64 // as much as there was
 	}
 	if err := b.cfg.Listen.apply(opts, b.cfg.Mirror); err != nil {
 		return err
@@ -303,9 +317,9 @@ func (b *Broker) Conn() *nats.Conn { return b.conn }
 // have returned before; what was stored stays stored.
 func (b *Broker) Close() {
 	b.closed.Do(func() {
-		if b.stopSync != nil {
-			b.stopSync()
-			b.syncing.Wait()
+		if b.stopKeeping != nil {
+			b.stopKeeping()
+			b.keeping.Wait()
 		}
 		b.calls.mu.Lock()
 		if b.calls.conn != nil {

@@ -96,11 +96,14 @@ func (s *State) Probe(ctx context.Context) error {
 	return s.put(ctx, "probe", []byte("{}"), 0)
 }
 
-// Dump is every key with its value.
+// Dump is every key with its value, but for the journal's head: that is the store's
+// own.
 func (s *State) Dump(ctx context.Context) (map[string][]byte, error) {
 	all := map[string][]byte{}
 	err := s.Each(ctx, ">", func(key string, value []byte, _ time.Time) error {
-		all[key] = value
+		if key != keyJournal {
+			all[key] = value
+		}
 		return nil
 	})
 	return all, err

@@ -37,6 +37,14 @@ const (
 )
 
 func (b *Broker) createStreams(ctx context.Context) error {
+	if b.cfg.ReadOnly {
+		kv, err := b.js.KeyValue(ctx, BucketState)
+		if err != nil {
+			return fmt.Errorf("bucket %s: %w", BucketState, err)
+		}
+		b.state = &State{b: b, kv: kv}
+		return nil
+	}
 	storage := jetstream.FileStorage
 	if b.cfg.memory() {
 		storage = jetstream.MemoryStorage

@@ -27,6 +27,7 @@ const (
 	apiDeny    = "stoop.api.deny"
 	apiWaiting = "stoop.api.approvals"
 	apiHistory = "stoop.api.history"
+	apiVerify  = "stoop.api.verify"
 	apiPublish = "stoop.api.publish"
 	apiWatch   = "stoop.api.watch"
 	apiStatus  = "stoop.api.status"
@@ -108,7 +109,7 @@ func (a *api) desks() []desk {
 		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
-			map[string]answer{apiHistory: a.history},
+			map[string]answer{apiHistory: a.history, apiVerify: a.verify},
 			historyMost, historyTimeout,
 			fmt.Sprintf("the history is being read %d times already: ask again in some seconds", historyMost),
 		},
@@ -280,6 +281,17 @@ func (a *api) publish(ctx context.Context, m *nats.Msg, _ string) (any, error) {
 	}
 	out.Stored = n - len(out.Bad)
 	return out, nil
+}
+
+// verify answers what verifying the journal came to.
+func (a *api) verify(ctx context.Context, m *nats.Msg, _ string) (any, error) {
+	var want broker.Head
+	if len(m.Data) > 0 {
+		if err := json.Unmarshal(m.Data, &want); err != nil {
+			return nil, fmt.Errorf("the request is {}, or {\"n\": NUMBER, \"hash\": HASH} of a head that is to be contained: %w", err)
+		}
+	}
+	return a.broker.Verify(ctx, want)
 }
 
 // history answers in pages.

@@ -87,7 +87,7 @@ type snapshot struct {
 	state    map[string][]byte
 	alerts   []broker.Arrival
 	steps    []*broker.Step
-	outcomes []broker.Outcome
+	outcomes []broker.Record
 }
 
 const (
@@ -105,9 +105,10 @@ const (
 func (e *engine) run(ctx context.Context) error {
 	var carried snapshot
 	memory := false
+	var journal broker.Head
 	for {
 		cfg := e.cfg
-		cfg.Memory = memory && cfg.Dir != ""
+		cfg.Memory, cfg.Journal = memory && cfg.Dir != "", journal
 		b, err := broker.Open(ctx, cfg)
 		if err != nil {
 			if isDiskFault(err) && !memory {
@@ -122,7 +123,7 @@ func (e *engine) run(ctx context.Context) error {
 		if err != nil || ctx.Err() != nil {
 			return err
 		}
-		memory = next
+		memory, journal = next, b.Journal()
 	}
 }
 
@@ -289,16 +290,16 @@ func (e *engine) take(b *broker.Broker, h *responders.Host, rest *snapshot) snap
 	s.alerts, errs[1] = b.UnroutedAlerts(ctx)
 	s.steps, errs[2] = b.UnfinishedSteps(ctx)
 	if b.InMemory() {
-		errs[3] = b.Outcomes(ctx, time.Time{}, func(o broker.Outcome) error {
-			s.outcomes = append(s.outcomes, o)
-			return nil
-		})
+		s.outcomes, errs[3] = b.Records(ctx)
 	}
 	if s.state == nil {
 		s.state = map[string][]byte{}
 	}
 	maps.Copy(s.state, h.Dump())
-	s.outcomes = append(append(s.outcomes, h.Lost()...), rest.outcomes...)
+	for _, o := range h.Lost() {
+		s.outcomes = append(s.outcomes, broker.Record{Outcome: o})
+	}
+	s.outcomes = append(s.outcomes, rest.outcomes...)
 	s.alerts = append(s.alerts, rest.alerts...)
 	s.steps = append(s.steps, rest.steps...)
 	if err := errors.Join(errs[:]...); err != nil {
@@ -343,7 +344,7 @@ func (s *snapshot) publish(ctx context.Context, b *broker.Broker, log *slog.Logg
 		}
 	}
 	for len(s.outcomes) > 0 {
-		if err := b.PublishOutcome(s.outcomes[0]); err != nil {
+		if err := b.Carry(s.outcomes[0]); err != nil {
 			return
 		}
 		s.outcomes = s.outcomes[1:]

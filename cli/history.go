@@ -18,23 +18,48 @@ import (
 )
 
 func (p *program) historyCommand() *cobra.Command {
-	var output string
+	var output, head string
 	var since time.Duration
+	var verify bool
 	cmd := &cobra.Command{
 		Use:   "history",
 		Short: "Say what was done, to what, why, and how long it took",
 		Long: `Lists the outcome of each step, oldest first. A step that was tried several
 times, or waited for approval, is listed once, with how it ended. Without a
-running stoop it reads a copy of the data folder.`,
-		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'",
+running stoop it reads a copy of the data folder.
+
+Each outcome holds the hash of the one before. With --verify all of them are
+held against that chain: one that was removed or changed is named. It prints
+the journal's head; who keeps that elsewhere (stoop logs it too), and gives it
+with --head later, sees also whether all was written anew.
+
+Exits with 1 if --verify found the journal broken.`,
+		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'\n  stoop history --verify --head 1042:9f86d08…",
 		Args:    cobra.NoArgs,
 	}
 	data := dataFlag(cmd)
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 	cmd.Flags().DurationVar(&since, "since", 0, "only the last `DURATION`, such as 1h (default: all)")
+	cmd.Flags().BoolVar(&verify, "verify", false, "hold every outcome against the journal's chain")
+	cmd.Flags().StringVar(&head, "head", "", "with --verify: the `HEAD` that it has to contain")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := checkOutput(output); err != nil {
 			return err
+		}
+		switch {
+		case head != "" && !verify:
+			return usage("--head goes with --verify")
+		case verify && since > 0:
+			return usage("--verify looks at all that is kept: it does not go with --since")
+		case verify:
+			var want broker.Head
+			if head != "" {
+				var err error
+				if want, err = broker.ParseHead(head); err != nil {
+					return usage("--head: %v", err)
+				}
+			}
+			return p.verifyHistory(cmd.Context(), *data, want, output == "json")
 		}
 		var from time.Time
 		if since > 0 {
@@ -118,22 +143,39 @@ func readHistory(ctx context.Context, data string, since time.Time, each func(br
 	if !errors.Is(err, broker.ErrNotRunning) {
 		return err
 	}
-	store := filepath.Join(data, "store")
-	if _, err := os.Stat(store); err != nil {
-		return fmt.Errorf("%s holds no history: %w", data, err)
-	}
-	tmp, err := os.MkdirTemp("", "stoop-history-")
+	b, done, err := openCopy(ctx, data, "history", broker.StreamOutcomes)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
-	if err := os.CopyFS(filepath.Join(tmp, "store"), os.DirFS(store)); err != nil {
-		return fmt.Errorf("copy the data folder: %w", err)
-	}
-	b, err := broker.Open(ctx, broker.Config{Dir: tmp})
-	if err != nil {
-		return fmt.Errorf("read a copy of %s: %w", data, err)
-	}
-	defer b.Close()
+	defer done()
 	return b.Outcomes(ctx, since, each)
+}
+
+// openCopy opens a copy of some streams of a data folder, and of its STATE, for
+// reading.
+func openCopy(ctx context.Context, data, what string, streams ...string) (_ *broker.Broker, done func(), err error) {
+	store := filepath.Join(data, "store")
+	if _, err := os.Stat(store); err != nil {
+		return nil, nil, fmt.Errorf("%s holds no %s: %w", data, what, err)
+	}
+	tmp, err := os.MkdirTemp("", "stoop-"+what+"-")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(tmp)
+		}
+	}()
+	if err := broker.CopyStore(tmp, data, streams...); err != nil {
+		return nil, nil, err
+	}
+	b, err := broker.Open(ctx, broker.Config{Dir: tmp, ReadOnly: true})
+	if err != nil {
+		return nil, nil, fmt.Errorf("read a copy of %s: %w", data, err)
+	}
+	return b, func() {
+		b.Close()
+		os.RemoveAll(tmp)
+	}, nil
 }
