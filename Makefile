@@ -6,7 +6,7 @@ LDFLAGS := -s -w
 CORPUS  := $(wildcard ../shared/alerts)
 export STOOP_CORPUS ?= $(if $(CORPUS),$(abspath $(CORPUS)))
 
-.PHONY: build demo test race lint fuzz e2e e2e-node bench docs clean
+.PHONY: build demo test race lint fuzz e2e e2e-node e2e-host bench docs packages image release clean
 
 build: ## the program, ./stoop
 	$(GO) build -ldflags '$(LDFLAGS)' -o stoop .
@@ -25,6 +25,7 @@ lint: ## formatting, vet, staticcheck
 	$(GO) vet ./...
 	$(GO) vet -tags failpoints ./...
 	cd e2e && $(GO) vet ./...
+	cd tools && $(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
 fuzz: ## 20 s of each fuzz target
@@ -36,6 +37,9 @@ e2e: ## against a real kube-apiserver, built from its modules the first time (mi
 e2e-node: ## on a real node with real pods, as root: frozen, cut off and dead after how long
 	cd e2e && $(GO) run ./node $(if $(WRITE),-write ../docs/performance.md)
 
+e2e-host: ## on a host with a real systemd, as root: install, upgrade under load, remove
+	cd e2e && $(GO) run ./host
+
 bench: ## the figures of docs/performance.md, measured here
 	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./cli
 	cd e2e && $(GO) run ./cmd/bench -write ../docs/performance.md
@@ -43,5 +47,14 @@ bench: ## the figures of docs/performance.md, measured here
 docs: ## write the generated documentation again
 	$(GO) test ./responders ./cli -run 'Docs' -update
 
+packages: ## dist/*.deb and dist/*.rpm
+	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) packages
+
+image: ## dist/stoop_VERSION_image.tar: an OCI layout for linux/amd64 and arm64
+	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) image
+
+release: ## all of it, the programs and SHA256SUMS, in dist/
+	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) all
+
 clean:
-	rm -rf stoop bin
+	rm -rf stoop bin dist

@@ -47,7 +47,7 @@ func TestImportsPointOneWay(t *testing.T) {
 			return err
 		}
 		name := d.Name()
-		if d.IsDir() && path != ".." && (name == "e2e" || name == "testdata" || strings.HasPrefix(name, ".")) {
+		if d.IsDir() && path != ".." && (name == "e2e" || name == "tools" || name == "testdata" || strings.HasPrefix(name, ".")) {
 			return fs.SkipDir
 		}
 		if d.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
