@@ -186,6 +186,29 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	return false, fmt.Errorf("store step %s for %s: %w", s.ID, s.Responder, err)
 }
 
+// PublishOutcome stores an outcome, and returns when it is stored.
+func (b *Broker) PublishOutcome(o Outcome) error {
+	data, err := json.Marshal(o)
+	if err != nil {
+		return fmt.Errorf("outcome of step %s: %w", o.ID, err)
+	}
+	ack, err := b.publishAsync(b.sound, b.js, &nats.Msg{Subject: OutcomeSubject(o.Responder), Data: data})
+	if err != nil {
+		return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
+	}
+	select {
+	case <-ack.Ok():
+		return nil
+	case err = <-ack.Err():
+	case <-b.Failed():
+		err = b.Err()
+	}
+	if IsStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
+		b.fail(err)
+	}
+	return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
+}
+
 // Outcome is the step's outcome so far; node, cluster and time are the
 // caller's to add.
 func (s *Step) Outcome(status Status, reason string) Outcome {
@@ -201,10 +224,18 @@ type Delivery struct {
 	Attempt int // from 1; a crash counts too
 	msg     jetstream.Msg
 	b       *Broker
+	held    *held
+	kept    bool
 }
+
+// Keep says that the step will be ended after the handle that it was given to has
+// returned. It goes on being this process's, and is given back when ConsumeSteps
+// ends first.
+func (d *Delivery) Keep() { d.kept = true }
 
 // Ack says that the step is dealt with.
 func (d *Delivery) Ack() error {
+	d.held.remove(d.msg)
 	d.b.queues.get(d.Step.Responder).end(d.Step.ID)
 	if err := d.msg.Ack(); err != nil {
 		return fmt.Errorf("acknowledge step %s: %w", d.Step.ID, err)
@@ -213,7 +244,10 @@ func (d *Delivery) Ack() error {
 }
 
 // Retry gives the step back, to be given again after delay.
-func (d *Delivery) Retry(delay time.Duration) error { return d.msg.NakWithDelay(delay) }
+func (d *Delivery) Retry(delay time.Duration) error {
+	d.held.remove(d.msg)
+	return d.msg.NakWithDelay(delay)
+}
 
 func stepsConsumer(responder string) jetstream.ConsumerConfig {
 	return jetstream.ConsumerConfig{
@@ -260,8 +294,9 @@ func (b *Broker) Expect(responders ...string) {
 
 // ConsumeSteps hands the steps for a responder to handle, at most concurrency
 // of them at a time, until ctx is done; it returns when the last handle has.
-// handle ends each with Ack or Retry; one it ends with neither is given again. It
-// connects when there is a first step, or was said to be one to expect.
+// handle ends each with Ack or Retry, or keeps it to end it later; one that it does
+// none of this with is given again. It connects when there is a first step, or was said
+// to be one to expect.
 func (b *Broker) ConsumeSteps(ctx context.Context, responder string, concurrency int, handle func(context.Context, *Delivery)) error {
 	select {
 	case <-b.queues.get(responder).wanted:
@@ -306,7 +341,13 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 	keepCtx, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
 	var keeper sync.WaitGroup
 	keeper.Go(func() { held.keep(keepCtx) })
-	defer func() { running.Wait(); stopKeeping(); keeper.Wait(); _ = nc.FlushTimeout(time.Second) }()
+	defer func() {
+		running.Wait()
+		stopKeeping()
+		keeper.Wait()
+		held.giveBack()
+		_ = nc.FlushTimeout(time.Second)
+	}()
 
 	slots := make(chan struct{}, concurrency)
 	for {
@@ -327,14 +368,17 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 			continue
 		}
 		b.queues.get(responder).give(step, len(m.Data()))
-		d := &Delivery{Step: step, msg: m, b: b}
+		d := &Delivery{Step: step, msg: m, b: b, held: held}
 		if meta, err := m.Metadata(); err == nil {
 			d.Attempt = int(meta.NumDelivered)
 		}
 		held.add(m)
 		running.Go(func() {
-			defer func() { held.remove(m); <-slots }()
+			defer func() { <-slots }()
 			handle(ctx, d)
+			if !d.kept {
+				held.remove(m)
+			}
 		})
 	}
 }
@@ -391,6 +435,15 @@ type held struct {
 
 func (h *held) add(m jetstream.Msg)    { h.mu.Lock(); h.msgs[m] = struct{}{}; h.mu.Unlock() }
 func (h *held) remove(m jetstream.Msg) { h.mu.Lock(); delete(h.msgs, m); h.mu.Unlock() }
+
+// giveBack gives back what was kept and not ended: nobody works on it any more.
+func (h *held) giveBack() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for m := range h.msgs {
+		_ = m.Nak()
+	}
+}
 
 // keep tells the server that the messages are being worked on.
 func (h *held) keep(ctx context.Context) {

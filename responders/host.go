@@ -96,15 +96,12 @@ type running struct {
 	act Responder
 	// missing is what this machine does not grant of what it needs.
 	missing []string
-	mu      sync.Mutex
-	lane    map[string]int // steps under way by destination
+	lanes   lanes
 }
 
 const (
-	// concurrency is how many steps of a responder are under way at once,
-	// and laneConcurrency of one destination.
-	concurrency     = 32
-	laneConcurrency = 4
+	// concurrency is how many steps of a responder are under way at once.
+	concurrency = 32
 	// Tries of a step begin after retryFirst, and grow to retryMost apart.
 	retryFirst = 250 * time.Millisecond
 	retryMost  = 15 * time.Second
@@ -115,13 +112,9 @@ const (
 	// kernel's that passes does so soon; one that a suspect makes does not, and must
 	// not hold up the chain until all of it is too old.
 	localFor = time.Minute
-	// busyAgain is when a step asks again whose object or destination is
-	// busy.
+	// busyAgain is when a step asks again whose object is busy.
 	busyAgain = 50 * time.Millisecond
 	busyMost  = 2 * time.Second
-	// busyShare spreads the steps that wait for a busy destination: of many, so
-	// few ask again at a time that they leave room for those of the others.
-	busyShare = 2 * time.Millisecond
 	// grace is how long a step under way may go on when stoop is stopped.
 	grace = 5 * time.Second
 	// settle is how long a request that a killed process had sent may still
@@ -163,7 +156,7 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 		if err := c.Broker.OpenSteps(ctx, e.Name); err != nil {
 			return nil, err
 		}
-		r := &running{Entry: e, lane: map[string]int{}, missing: missing(e, c.Env.Local)}
+		r := &running{Entry: e, lanes: lanes{of: map[string]*destination{}}, missing: missing(e, c.Env.Local)}
 		if !e.cluster() || h.Env.Kube != nil {
 			r.act = e.New(h.Env)
 		}
@@ -224,7 +217,17 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		h.retry(d, retryFirst)
 		return
 	}
-	defer h.underway.Delete(s.ID)
+	if !h.ready(ctx, d, r) {
+		h.underway.Delete(s.ID)
+		return
+	}
+	h.inLane(ctx, d, r)
+}
+
+// ready does what a step's lane need not be waited for. It reports whether there is
+// still something to do.
+func (h *Host) ready(ctx context.Context, d *broker.Delivery, r *running) bool {
+	s := d.Step
 	if s.Approved != nil {
 		// It waits no more, also where stoop was killed before it could say so.
 		if err := h.approvals.end(ctx, s.ID); err != nil {
@@ -234,7 +237,7 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 	if rec := h.ledger.get(s.ID); rec != nil && rec.Status != "" {
 		// An earlier process did it and was killed before it could say so.
 		h.finish(ctx, d, r, rec.Status, Result{Reason: rec.Reason, Found: rec.Found}, rec.Undo)
-		return
+		return false
 	}
 	if ahead(r, s) {
 		// Telling people takes as long as their service likes. What comes after
@@ -242,15 +245,37 @@ func (h *Host) handle(ctx context.Context, d *broker.Delivery) {
 		if err := h.next(ctx, s, "", Result{}); err != nil {
 			h.Log.Error("the next step of a chain could not be stored", "step", s.ID, "rule", s.Rule, "error", err)
 			h.retry(d, backoff(d.Attempt))
-			return
+			return false
 		}
 	}
-	if done := h.enter(r, s); done != nil {
-		defer done()
-	} else {
-		h.retry(d, busyFor(d.Attempt, h.Broker.Waiting(s.Responder)))
+	return true
+}
+
+// inLane answers a step when its destination has room for it, and then those that
+// wait for that room.
+func (h *Host) inLane(ctx context.Context, d *broker.Delivery, r *running) {
+	if r.Lane == nil {
+		h.answer(ctx, d, r)
 		return
 	}
+	lane := r.Lane(d.Step.Params)
+	if entered, full := r.lanes.enter(lane, d); full {
+		h.retry(d, fullAgain())
+		h.underway.Delete(d.Step.ID)
+		return
+	} else if !entered {
+		return
+	}
+	for d != nil && ctx.Err() == nil {
+		h.answer(ctx, d, r)
+		d = r.lanes.leave(lane)
+	}
+}
+
+// answer is the way of a step whose turn it is.
+func (h *Host) answer(ctx context.Context, d *broker.Delivery, r *running) {
+	s := d.Step
+	defer h.underway.Delete(s.ID)
 	req := &Request{Step: s}
 	defer req.close()
 	status, reason, again := h.prepare(ctx, d, r, req)
@@ -673,35 +698,6 @@ func (h *Host) retry(d *broker.Delivery, after time.Duration) {
 	if err := d.Retry(after); err != nil {
 		h.Log.Warn("a step could not be given back, and will come again", "step", d.Step.ID, "error", err)
 	}
-}
-
-// enter takes a place in the step's lane and returns how it is given back, or
-// nil when the lane is full.
-func (h *Host) enter(r *running, s *broker.Step) func() {
-	if r.Lane == nil {
-		return func() {}
-	}
-	lane := r.Lane(s.Params)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.lane[lane] >= laneConcurrency {
-		return nil
-	}
-	r.lane[lane]++
-	return func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if r.lane[lane]--; r.lane[lane] == 0 {
-			delete(r.lane, lane)
-		}
-	}
-}
-
-// busyFor is after how long a step asks again whose destination is busy, when so
-// many wait for the responder.
-func busyFor(attempt int, waiting int64) time.Duration {
-	d := max(min(busyAgain*time.Duration(attempt), busyMost), time.Duration(waiting)*busyShare)
-	return d - d/5 + rand.N(2*d/5)
 }
 
 // backoff is how long to wait after a try: twice as long each time, by a

@@ -2,6 +2,7 @@ package responders
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -40,20 +41,111 @@ func TestADeadDestinationWithALongQueueHoldsUpNoOther(t *testing.T) {
 	}
 }
 
-// Of many that wait for a busy destination few ask again at a time, of few each
-// asks soon.
-func TestHowSoonABusyDestinationIsAskedAgain(t *testing.T) {
-	for _, c := range []struct {
-		attempt     int
-		waiting     int64
-		least, most time.Duration
-	}{
-		{1, 5, 40 * time.Millisecond, 60 * time.Millisecond},
-		{1000, 5, 1600 * time.Millisecond, 2400 * time.Millisecond},
-		{1, 8000, 12 * time.Second, 20 * time.Second},
-	} {
-		if got := busyFor(c.attempt, c.waiting); got < c.least || got > c.most {
-			t.Errorf("attempt %d of %d: %s, want %s to %s", c.attempt, c.waiting, got, c.least, c.most)
+// What waits for a busy destination is done in the order it came, as soon as there is
+// room, and asks nobody meanwhile.
+func TestWhatWaitsForADestinationHasItsTurn(t *testing.T) {
+	busy := make(chan struct{})
+	s := &stub{do: func(n int, _ *Request) (Result, error) {
+		if n <= laneConcurrency {
+			<-busy
+		}
+		return Result{}, nil
+	}}
+	e := entry("tell", Notification, s)
+	e.Lane = func(jsonRaw) string { return "one" }
+	b := newBench(t, brokertest.New(t), e).start()
+	var want []string
+	for range laneConcurrency + 100 {
+		st := b.step("tell")
+		b.publish(st)
+		want = append(want, st.ID)
+	}
+	b.until("all but those under way are parked", func() bool { return b.parked("tell") == 100 })
+	close(busy)
+	b.outcomes(len(want))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var order []string
+	for _, r := range s.seen {
+		order = append(order, r.Step.ID)
+	}
+	if len(order) != len(want) {
+		t.Fatalf("%d steps were done, want %d", len(order), len(want))
+	}
+	// Four at a time overtake each other by no more than that.
+	for i, id := range order {
+		if j := slices.Index(want, id); j < i-laneConcurrency || j > i+laneConcurrency {
+			t.Errorf("the step that came as number %d was done as number %d", j, i)
 		}
 	}
+}
+
+// Too many are not kept in memory, and are done all the same.
+func TestNoMoreWaitInMemoryThanMay(t *testing.T) {
+	l := &lanes{of: map[string]*destination{}}
+	parked := 0
+	for range laneConcurrency + parkedMost + 10 {
+		switch entered, full := l.enter("dead", &broker.Delivery{}); {
+		case !entered && !full:
+			parked++
+		}
+	}
+	if parked != parkedMost {
+		t.Errorf("%d are parked, want %d", parked, parkedMost)
+	}
+	if entered, _ := l.enter("fine", &broker.Delivery{}); !entered {
+		t.Error("another destination has no room")
+	}
+	if l.leave("dead") == nil {
+		t.Error("who waits gets no place that was given back")
+	}
+	if entered, full := l.enter("dead", &broker.Delivery{}); entered || full {
+		t.Errorf("a newcomer entered (%v) or was refused (%v) where one has left", entered, full)
+	}
+}
+
+// A stoop that is stopped gives back what waits: the next one need not wait until
+// the store has noticed.
+func TestWhatWaitsIsGivenBackAtTheEnd(t *testing.T) {
+	hang := make(chan struct{})
+	s := &stub{do: func(int, *Request) (Result, error) { <-hang; return Result{}, nil }}
+	e := entry("tell", Notification, s)
+	e.Lane = func(jsonRaw) string { return "one" }
+	broker := brokertest.New(t)
+	b := newBench(t, broker, e).start()
+	for range laneConcurrency + 10 {
+		b.publish(b.step("tell"))
+	}
+	b.until("ten are parked", func() bool { return b.parked("tell") == 10 })
+	time.AfterFunc(100*time.Millisecond, func() { close(hang) })
+	b.stop()
+	if n := s.calls(); n != laneConcurrency {
+		t.Errorf("%d steps were begun, %d of them after the end", n, n-laneConcurrency)
+	}
+	again := &stub{}
+	e = entry("tell", Notification, again)
+	e.Lane = func(jsonRaw) string { return "one" }
+	began := time.Now()
+	b2 := newBench(t, broker, e).start()
+	b2.until("they are done", func() bool { return again.calls() >= 10 })
+	if d := time.Since(began); d > 5*time.Second {
+		t.Errorf("they were done after %s", d)
+	}
+}
+
+func (b *bench) parked(responder string) int {
+	l := &b.host.responders[responder].lanes
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.parked
+}
+
+func (b *bench) until(what string, is func() bool) {
+	b.t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if is() {
+			return
+		}
+	}
+	b.t.Fatalf("not within 20 s: %s", what)
 }
