@@ -186,29 +186,6 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 	return false, fmt.Errorf("store step %s for %s: %w", s.ID, s.Responder, err)
 }
 
-// PublishOutcome stores an outcome, and returns when it is stored.
-func (b *Broker) PublishOutcome(o Outcome) error {
-	data, err := json.Marshal(o)
-	if err != nil {
-		return fmt.Errorf("outcome of step %s: %w", o.ID, err)
-	}
-	ack, err := b.publishAsync(b.sound, b.js, &nats.Msg{Subject: OutcomeSubject(o.Responder), Data: data})
-	if err != nil {
-		return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
-	}
-	select {
-	case <-ack.Ok():
-		return nil
-	case err = <-ack.Err():
-	case <-b.Failed():
-		err = b.Err()
-	}
-	if IsStoreFault(err) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
-		b.fail(err)
-	}
-	return fmt.Errorf("store the outcome of step %s: %w", o.ID, err)
-}
-
 // Outcome is the step's outcome so far; node, cluster and time are the
 // caller's to add.
 func (s *Step) Outcome(status Status, reason string) Outcome {
