@@ -88,6 +88,9 @@ type Step struct {
 	Remaining []Action     `json:"remaining,omitempty"` // after this one
 	Took      Took         `json:"took"`
 	Approved  *Approval    `json:"approved,omitempty"` // by a person who was asked
+	// InPlaceOf is the responder whose place this one has taken, and why: see
+	// docs/responders.md.
+	InPlaceOf string `json:"inPlaceOf,omitempty"`
 }
 
 // Approval is a person's word that a step may be done.

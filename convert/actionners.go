@@ -266,40 +266,67 @@ func terminate(c *step) {
 		c.note("With 0 the pod vanishes while its processes run on for seconds; 1s is stoop's default.")
 	}
 	if n, on := c.on("ignore_daemonsets"); on {
-		c.spare(n, "ignore_daemonsets", "spareDaemonSets")
+		c.refuse(n, "ignore_daemonsets: stoop can't tell in a rule by whom a pod is owned. Take this away only if the rule may delete such pods, or leave their namespaces out in the rule")
 	}
-	if n, on := c.on("ignore_statefulsets"); on {
-		c.spare(n, "ignore_statefulsets", "spareStatefulSets")
+	if c.takes("force") && c.takes("maxUnavailable") {
+		c.sparing()
+		return
 	}
-	if n, on := c.on("ignore_standalone_pods"); on {
-		c.spare(n, "ignore_standalone_pods", "spareStandalone")
-	}
-	if n := c.get("min_healthy_replicas"); n != nil {
-		c.healthy(n)
+	for _, name := range []string{"ignore_statefulsets", "ignore_standalone_pods", "min_healthy_replicas"} {
+		if n := c.get(name); n != nil && n.Value != "false" {
+			c.refuse(n, "%s: this stoop's delete-pod can't be told that", name)
+		}
 	}
 }
 
-// spare is for what Talon leaves alone, if it is told to.
-func (c *step) spare(n *yaml.Node, theirs, ours string) {
-	if c.takes(ours) {
-		c.set(ours, bare(n, "true"))
-		return
+// sparing is which pods are left. Talon passes over them; stoop isolates them.
+func (c *step) sparing() {
+	healthy := c.get("min_healthy_replicas")
+	_, sets := c.on("ignore_statefulsets")
+	alone := c.get("ignore_standalone_pods") // true, says Talon, where it is not written
+	if alone != nil && alone.Value == "false" {
+		if !sets && healthy == nil {
+			c.set("force", bare(alone, "true"))
+			c.note("force deletes any pod, as Talon does. Without it stoop isolates the last healthy pod of a workload, pods of StatefulSets, with ReadWriteOnce volumes and without a controller.")
+			return
+		}
+		c.note("Pods without a controller are isolated instead of deleted: there is no leave for them alone, force: true takes any pod.")
 	}
-	c.refuse(n, "%s: stoop can't tell in a rule by whom a pod is owned. Take this away only if the rule may delete such pods, or leave their namespaces out in the rule", theirs)
+	c.unavailable(healthy)
+	if sets {
+		c.note("Talon passes over pods of StatefulSets; stoop isolates them, and those with ReadWriteOnce volumes or without a controller.")
+	} else {
+		c.note("Talon deletes pods of StatefulSets too; stoop isolates them, and those with ReadWriteOnce volumes or without a controller, unless force: true stands here.")
+	}
 }
 
 var share = regexp.MustCompile(`^([0-9]{1,3})%$`)
 
-// healthy is how many replicas have to be healthy.
-func (c *step) healthy(n *yaml.Node) {
-	percent := share.FindStringSubmatch(n.Value)
-	if percent == nil || !c.takes("maxUnavailable") {
-		c.refuse(n, "min_healthy_replicas can't be said: take it away, and mind guard.limits, which bound how many pods go")
+// unavailable turns how many replicas have to be healthy into how many need not be.
+func (c *step) unavailable(healthy *yaml.Node) {
+	if healthy == nil {
+		c.set("maxUnavailable", bare(c.action.node, "100%"))
+		c.note("Without min_healthy_replicas Talon deletes the last healthy pod too: take maxUnavailable away, and stoop isolates that one.")
 		return
 	}
-	p, _ := strconv.Atoi(percent[1])
-	c.set("maxUnavailable", scalar(n, strconv.Itoa(max(0, 100-p))+"%"))
-	c.note("Talon counts the healthy pods of the ReplicaSet before it deletes one; maxUnavailable is kept also after it.")
+	percent := share.FindStringSubmatch(healthy.Value)
+	p := 0
+	if percent != nil {
+		p, _ = strconv.Atoi(percent[1])
+	}
+	switch {
+	case healthy.Value == "0":
+		c.set("maxUnavailable", bare(healthy, "100%"))
+	case healthy.Value == "1":
+		c.note("min_healthy_replicas: 1 is what stoop does by itself.")
+	case percent == nil || p > 100:
+		c.refuse(healthy, "min_healthy_replicas: a number of pods that stay can't be said: write a percentage, or by hand maxUnavailable, which is the number that may be missing")
+		return
+	default:
+		// Both round in favour of the workload: D - ceil(D*p/100) = floor(D*(100-p)/100).
+		c.set("maxUnavailable", bare(healthy, strconv.Itoa(100-p)+"%"))
+	}
+	c.note("Talon counts the healthy pods before it deletes one, and only of a ReplicaSet; stoop those that are left without it, of any workload.")
 }
 
 // level reports whether a label or annotation is for the node.

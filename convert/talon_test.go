@@ -254,14 +254,14 @@ func TestTalonByWhatThereIs(t *testing.T) {
 		Order      int          `param:"order" doc:"d"`
 	}
 	type deletePod struct {
-		MaxUnavailable    string `param:"maxUnavailable" doc:"d"`
-		SpareDaemonSets   bool   `param:"spareDaemonSets" doc:"d"`
-		SpareStatefulSets bool   `param:"spareStatefulSets" doc:"d"`
-		SpareStandalone   bool   `param:"spareStandalone" doc:"d"`
+		MaxUnavailable param.Portion `param:"maxUnavailable" doc:"d"`
+		Force          bool          `param:"force" doc:"d"`
 	}
 	rule := func(actionner, params string) string {
 		return fmt.Sprintf("- rule: r\n  actions: [{action: a, actionner: %s, parameters: {%s}}]\n", actionner, params)
 	}
+	terminate := func(params string) string { return rule("kubernetes:terminate", params) }
+	deleting := rules.Catalog{"delete-pod": param.Describe(deletePod{})}
 	for _, c := range []struct {
 		src     string
 		catalog rules.Catalog
@@ -274,10 +274,23 @@ func TestTalonByWhatThereIs(t *testing.T) {
 		{rule("cilium:networkpolicy", "allow_cidr: [10.0.0.0/8]"), rules.Catalog{"cilium-isolate": param.Describe(isolate{})}, "allowCIDRs: [10.0.0.0/8]", false},
 		{rule("cilium:networkpolicy", "allow_cidr: [10.0.0.0/8]"), rules.Catalog{"cilium-isolate": param.Describe(none{})}, "allow_cidr can't be said", true},
 		{rule("cilium:networkpolicy", "allow_namespaces: [a]"), rules.Catalog{"cilium-isolate": param.Describe(none{})}, "allow_namespaces can't be said", true},
-		{rule("kubernetes:terminate", "min_healthy_replicas: 33%"), rules.Catalog{"delete-pod": param.Describe(deletePod{})}, "maxUnavailable: 67%", false},
-		{rule("kubernetes:terminate", "min_healthy_replicas: '2'"), rules.Catalog{"delete-pod": param.Describe(deletePod{})}, "min_healthy_replicas can't be said", true},
-		{rule("kubernetes:terminate", "ignore_daemonsets: true"), rules.Catalog{"delete-pod": param.Describe(deletePod{})}, "spareDaemonSets: true", false},
-		{rule("kubernetes:terminate", "ignore_daemonsets: true"), rules.Catalog{"delete-pod": param.Describe(none{})}, "ignore_daemonsets: stoop can't tell", true},
+		{terminate(""), deleting, "maxUnavailable: 100%\n", false},
+		{terminate("ignore_statefulsets: true"), deleting, "Talon passes over pods of StatefulSets; stoop isolates them", false},
+		{terminate("ignore_statefulsets: true"), deleting, "maxUnavailable: 100%\n", false},
+		{terminate("ignore_statefulsets: false"), deleting, "Talon deletes pods of StatefulSets too", false},
+		{terminate("ignore_standalone_pods: true"), deleting, "maxUnavailable: 100%\n", false},
+		{terminate("ignore_standalone_pods: false"), deleting, "force: true\n", false},
+		{terminate("ignore_standalone_pods: false, ignore_statefulsets: true"), deleting, "Pods without a controller are isolated instead of deleted", false},
+		{terminate("ignore_standalone_pods: false, min_healthy_replicas: 50%"), deleting, "maxUnavailable: 50%\n", false},
+		{terminate("min_healthy_replicas: 33%"), deleting, "maxUnavailable: 67%\n", false},
+		{terminate("min_healthy_replicas: '100%'"), deleting, "maxUnavailable: 0%\n", false},
+		{terminate("min_healthy_replicas: 0%"), deleting, "maxUnavailable: 100%\n", false},
+		{terminate("min_healthy_replicas: '0'"), deleting, "maxUnavailable: 100%\n", false},
+		{terminate("min_healthy_replicas: '1'"), deleting, "- delete-pod\n", false},
+		{terminate("min_healthy_replicas: '2'"), deleting, "write a percentage", true},
+		{terminate("min_healthy_replicas: 101%"), deleting, "write a percentage", true},
+		{terminate("min_healthy_replicas: 33%"), rules.Catalog{"delete-pod": param.Describe(none{})}, "min_healthy_replicas: this stoop's delete-pod can't be told that", true},
+		{terminate("ignore_daemonsets: true"), deleting, "ignore_daemonsets: stoop can't tell", true},
 	} {
 		out, err := convert.Talon([]convert.File{{Name: "talon.yaml", Src: []byte(c.src)}}, c.catalog)
 		got := string(out)

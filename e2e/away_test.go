@@ -20,7 +20,7 @@ mode: enforce
 rules:
   - name: delete-on-critical
     match: {rule: Test delete}
-    actions: [delete-pod]
+    actions: [delete-pod: {force: true}]
   - name: isolate-on-critical
     match: {rule: Test isolate}
     actions: [isolate-pod]

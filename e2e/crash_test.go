@@ -26,10 +26,10 @@ mode: enforce
 rules:
   - name: delete
     match: {rule: Test delete}
-    actions: [delete-pod]
+    actions: [delete-pod: {force: true}]
   - name: isolate-then-delete
     match: {rule: Test chain}
-    actions: [isolate-pod, delete-pod]
+    actions: [isolate-pod, delete-pod: {force: true}]
   - name: isolate
     match: {rule: Test isolate}
     actions: [isolate-pod]

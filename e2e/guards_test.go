@@ -18,7 +18,7 @@ func TestAuditTouchesNothing(t *testing.T) {
 rules:
   - name: delete-on-critical
     match: {priority: critical}
-    actions: [isolate-pod, label-pod: {labels: {quarantine: "yes"}}, delete-pod]
+    actions: [isolate-pod, label-pod: {labels: {quarantine: "yes"}}, delete-pod: {force: true}]
 `
 	for name, c := range map[string]struct{ mode, rules string }{
 		"as installed":                 {"", rules},

@@ -126,5 +126,5 @@ mode: enforce
 rules:
   - name: delete-on-critical
     match: {priority: critical}
-    actions: [delete-pod]
+    actions: [delete-pod: {force: true}]
 `

@@ -26,7 +26,7 @@ rules:
     actions:
       - label-pod: {labels: {suspect: "yes"}}
       - isolate-pod: {direction: both}
-      - delete-pod
+      - delete-pod: {force: true}
 `
 
 // Traps for whoever answers alerts by itself, all on one stoop. At the end the
@@ -267,7 +267,7 @@ func TestTrapDisposablePods(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	o := w.options("mode: enforce\nrules:\n" +
-		"  - name: any\n    match: {priority: warning}\n    actions: [delete-pod]\n")
+		"  - name: any\n    match: {priority: warning}\n    actions: [delete-pod: {force: true}]\n")
 	o.Config = "kubernetes: {qps: 5000, burst: 5000}\nguard: {limits: {rule: 0, namespace: 0, node: 10/10m}}\n"
 	s := program.Start(t, o)
 	for n, pod := range w.Pods(t, w.ns, "decoy", w.node, 20) {

@@ -61,7 +61,7 @@ func (w *world) asked(t *testing.T, verb, resource string) map[string]int {
 func TestEvict(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	s := w.stoop(t, answerWith("evict-pod"))
+	s := w.stoop(t, answerWith("evict-pod: {force: true}"))
 	budgets := w.Client.PolicyV1().PodDisruptionBudgets(w.ns)
 	allow := func(t *testing.T, name string, n int32) {
 		t.Helper()

@@ -71,7 +71,7 @@ type Validator interface{ Validate() error }
 //	min:"0s" max:"5m"          for numbers, [Duration] and [Size]
 //
 // A field may be a string, bool, integer, [Duration], [Size], [CIDR], [URL],
-// [Secret], anything that unmarshals itself from text, a slice of these, a
+// [Portion], [Secret], anything that unmarshals itself from text, a slice of these, a
 // map[string]string, or a struct of such fields; an embedded struct lends its
 // fields. Anything else is the author's mistake, and panics.
 func Describe(defaults any) *Description {
@@ -149,6 +149,8 @@ func typeName(t reflect.Type) string {
 		return strings.ToLower(t.Name())
 	case reflect.TypeFor[CIDR](), reflect.TypeFor[URL]():
 		return t.Name()
+	case reflect.TypeFor[Portion]():
+		return "number or percentage"
 	case reflect.TypeFor[map[string]string]():
 		return "map of string"
 	}

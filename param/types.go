@@ -109,6 +109,63 @@ func (s Size) String() string {
 // MarshalText is String.
 func (s Size) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// Portion is some of a whole: a number, "2", or a percentage of it, "25%". The zero
+// value says that none was given, which is not the same as 0.
+type Portion struct {
+	n            int
+	given, share bool
+}
+
+// portionMost bounds a number: none of the wholes that people have is as large.
+const portionMost = 1_000_000
+
+// UnmarshalText reads a whole number, with or without a percent sign.
+func (p *Portion) UnmarshalText(b []byte) error {
+	s := string(b)
+	digits, share := strings.CutSuffix(s, "%")
+	n, err := strconv.Atoi(digits)
+	switch {
+	case err != nil || digits[0] == '+':
+		return fmt.Errorf("%s is neither a whole number, such as 1, nor a percentage, such as 25%%", Cut(s))
+	case n < 0:
+		return fmt.Errorf("%s is negative", Cut(s))
+	case share && n > 100:
+		return fmt.Errorf("%s is more than all: 100%% at most", Cut(s))
+	case n > portionMost:
+		return fmt.Errorf("%s is too many: %d at most", Cut(s), portionMost)
+	}
+	*p = Portion{n: n, given: true, share: share}
+	return nil
+}
+
+// Of is how many of a whole that is, a percentage rounded down: 25% of 3 is 0.
+func (p Portion) Of(whole int) int {
+	if p.share {
+		return int(int64(whole) * int64(p.n) / 100)
+	}
+	return p.n
+}
+
+// IsSet reports whether it was given at all.
+func (p Portion) IsSet() bool { return p.given }
+
+// IsAll reports whether it is the whole, however large that is: 100%.
+func (p Portion) IsAll() bool { return p.share && p.n == 100 }
+
+// String is the portion as it would be written, "" if it is not set.
+func (p Portion) String() string {
+	switch {
+	case !p.given:
+		return ""
+	case p.share:
+		return strconv.Itoa(p.n) + "%"
+	}
+	return strconv.Itoa(p.n)
+}
+
+// MarshalText is String.
+func (p Portion) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
 // CIDR is a range of addresses: "10.0.0.0/8", "2001:db8::/32".
 type CIDR struct{ netip.Prefix }
 

@@ -227,6 +227,14 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 	if a.Object != "" {
 		o.Found["object"] = a.Object
 	}
+	if f, ok := r.act.(Foreseer); ok {
+		foreseeing, cancel := h.deadline(ctx, r.Deadline)
+		if err := f.Foresee(foreseeing, req); err != nil {
+			o.Found["mind"] = cut(reasonOf(err), 500)
+			what += " (mind: " + o.Found["mind"] + ")"
+		}
+		cancel()
+	}
 	h.record(o)
 	h.Tell("waits for approval", fmt.Sprintf("rule %s wants %s of %s; step %s %s", s.Rule, s.Responder, what, s.ID, reason))
 	return broker.AwaitingApproval, reason, 0

@@ -51,6 +51,7 @@ func conformanceCases() []conformance.Case {
 	return slices.Concat([]conformance.Case{
 		{
 			Responder: "delete-pod",
+			Params:    func(testing.TB) (string, func() int) { return `{"force":true}`, nil }, // nothing owns the pod
 			Done: func(t testing.TB, w conformance.World, pod *corev1.Pod) {
 				if now := conformance.PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")

@@ -2,6 +2,7 @@ package responders
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 )
 
 func deletePod() Entry {
+	own := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "delete"}}
 	return Entry{
 		Name: "delete-pod",
 		Doc:  "Deletes the pod that raised the alert.",
@@ -28,36 +30,43 @@ leave it at 1 s; longer gives an attacker time.
 A pod that a Deployment, StatefulSet, DaemonSet or Job owns is made anew from the
 same image with the same hole. After the second such delete for one owner stoop
 isolates the next pod instead. A delete takes the evidence in the pod with it: put
-the steps that keep some before it. It can't be undone.`,
-		Params: param.Describe(deletePodDefaults()),
-		RBAC: []rbacv1.PolicyRule{
-			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "delete"}},
-		},
+the steps that keep some before it. It can't be undone.
+
+` + sparingNotes,
+		Params:   param.Describe(deletePodDefaults()),
+		RBAC:     rulesOf(sparingGrants(own)),
+		Grants:   sparingGrants(own),
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 10 * time.Second,
 		Instead:  "isolate-pod",
-		New:      func(env Env) Responder { return &podDeleter{env.Kube} },
+		New:      func(env Env) Responder { return &podDeleter{podTaker{env.Kube, env.Node}} },
 	}
 }
 
+// deletePodParams are those of evict-pod too.
 type deletePodParams struct {
 	GracePeriod param.Duration `param:"gracePeriod" min:"0s" max:"1h" doc:"How long the pod's processes have between SIGTERM and SIGKILL, in whole seconds. 0 only makes the pod's object vanish sooner, not its processes."`
+	sparing
 }
 
 func deletePodDefaults() deletePodParams {
 	return deletePodParams{GracePeriod: param.Duration(time.Second)}
 }
 
-// Validate refuses fractions, which the API server can't be told.
+// Validate refuses fractions, which the API server can't be told, and what is said
+// twice.
 func (p deletePodParams) Validate() error {
 	if time.Duration(p.GracePeriod)%time.Second != 0 {
 		return fmt.Errorf("gracePeriod: %s is not a whole number of seconds", p.GracePeriod)
 	}
+	if p.Force && p.MaxUnavailable.IsSet() {
+		return errors.New("force and maxUnavailable exclude each other: force takes any pod, however many are unavailable")
+	}
 	return nil
 }
 
-type podDeleter struct{ kube *Kube }
+type podDeleter struct{ podTaker }
 
 func (d *podDeleter) Act(ctx context.Context, r *Request) (Result, error) {
 	params := deletePodDefaults()
@@ -76,7 +85,12 @@ func (d *podDeleter) Act(ctx context.Context, r *Request) (Result, error) {
 	if g := pod.DeletionGracePeriodSeconds; pod.DeletionTimestamp != nil && g != nil && *g <= grace {
 		return Result{Nothing: true, Reason: fmt.Sprintf("the pod is being deleted already, with a grace period of %d s", *g)}, nil
 	}
-	err := d.kube.Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
+	done, err := d.take(ctx, r, pod, params.sparing, true)
+	defer done()
+	if err != nil {
+		return Result{}, fmt.Errorf("delete pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	err = d.kube.Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
 		GracePeriodSeconds: &grace,
 		Preconditions:      metav1.NewUIDPreconditions(string(pod.UID)),
 	})

@@ -42,6 +42,8 @@ func classify(err error) (status broker.Status, retry bool, after time.Duration,
 	switch {
 	case as[*refusal](err), errors.Is(err, errNoPod), errors.Is(err, errUnproved), errors.Is(err, node.ErrAmbiguous):
 		return broker.Refused, false, 0, reason
+	case as[*spareError](err):
+		return broker.Suppressed, false, 0, reason
 	case errors.As(err, &again):
 		// Before what it wraps: whoever wrote Retry knows better.
 		return broker.Failed, true, again.after, reason

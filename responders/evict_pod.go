@@ -17,6 +17,10 @@ import (
 )
 
 func evictPod() Entry {
+	own := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
+		{APIGroups: []string{""}, Resources: []string{"pods/eviction"}, Verbs: []string{"create"}},
+	}
 	return Entry{
 		Name: "evict-pod",
 		Doc:  "Evicts the pod that raised the alert, as far as its PodDisruptionBudget allows that.",
@@ -37,22 +41,22 @@ as long as a budget allows nothing, only a look at the pod tells that it was
 replaced, and that look is taken at every further try.
 
 Grace period, the owner's limit (after the second pod of one owner the next is
-isolated instead) and what goes with the pod are as with delete-pod. It can't be
-undone.`,
-		Params: param.Describe(deletePodDefaults()),
-		RBAC: []rbacv1.PolicyRule{
-			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
-			{APIGroups: []string{""}, Resources: []string{"pods/eviction"}, Verbs: []string{"create"}},
-		},
+isolated instead), what goes with the pod, and which pods are isolated instead of
+evicted (the last healthy one, of a StatefulSet, with a ReadWriteOnce volume, without a
+controller) are as with [delete-pod](#delete-pod): a workload without a budget would
+lose its last pod here too. It can't be undone.`,
+		Params:   param.Describe(deletePodDefaults()),
+		RBAC:     rulesOf(sparingGrants(own...)),
+		Grants:   sparingGrants(own...),
 		Kind:     Harm,
 		Object:   PodObject,
 		Deadline: 10 * time.Second,
 		Instead:  "isolate-pod",
-		New:      func(env Env) Responder { return &podEvicter{env.Kube} },
+		New:      func(env Env) Responder { return &podEvicter{podTaker{env.Kube, env.Node}} },
 	}
 }
 
-type podEvicter struct{ kube *Kube }
+type podEvicter struct{ podTaker }
 
 func (e *podEvicter) Act(ctx context.Context, r *Request) (Result, error) {
 	params := deletePodDefaults()
@@ -69,6 +73,11 @@ func (e *podEvicter) Act(ctx context.Context, r *Request) (Result, error) {
 	}
 	if g := pod.DeletionGracePeriodSeconds; pod.DeletionTimestamp != nil && g != nil && *g <= grace {
 		return Result{Nothing: true, Reason: fmt.Sprintf("the pod is being deleted already, with a grace period of %d s", *g)}, nil
+	}
+	done, err := e.take(ctx, r, pod, params.sparing, true)
+	defer done()
+	if err != nil {
+		return Result{}, fmt.Errorf("evict pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
 	if err := evict(ctx, e.kube, pod, &grace); err != nil {
 		return Result{}, err

@@ -48,19 +48,19 @@ func (a *actor) now() *corev1.Pod {
 func TestEvictPod(t *testing.T) {
 	t.Run("grace", func(t *testing.T) {
 		a := newActor(t, "evict-pod", nil)
-		a.act("s1", "")
+		a.act("s1", "force: true")
 		if now := a.now(); now == nil || now.DeletionGracePeriodSeconds == nil || *now.DeletionGracePeriodSeconds != 1 {
 			t.Errorf("the default grace period: %+v", now)
 		}
 		a.pod = a.now()
-		if res := a.act("s2", "gracePeriod: 10s"); !res.Nothing {
+		if res := a.act("s2", "{gracePeriod: 10s, force: true}"); !res.Nothing {
 			t.Errorf("a longer one: %+v", res)
 		}
 	})
 	t.Run("a budget that allows one", func(t *testing.T) {
 		a := newActor(t, "evict-pod", nil)
 		a.budget("one", 1)
-		a.act("s1", "")
+		a.act("s1", "force: true")
 		if now := a.now(); now.DeletionTimestamp == nil {
 			t.Error("the pod is not being deleted")
 		}
@@ -68,7 +68,7 @@ func TestEvictPod(t *testing.T) {
 	t.Run("a budget that allows none", func(t *testing.T) {
 		a := newActor(t, "evict-pod", nil)
 		a.budget("tight", 0)
-		_, err := a.Act(t.Context(), a.request("s1", ""))
+		_, err := a.Act(t.Context(), a.request("s1", "force: true"))
 		status, retry, _, reason := responders.Classify(err)
 		if status != broker.Failed || !retry || !strings.Contains(reason, "budget tight needs 1 healthy pods and has 1") {
 			t.Errorf("status %s, retry %t: %s", status, retry, reason)
@@ -84,7 +84,7 @@ func TestEvictPod(t *testing.T) {
 		a := newActor(t, "evict-pod", nil)
 		a.budget("one", 1)
 		a.budget("two", 1)
-		_, err := a.Act(t.Context(), a.request("s1", ""))
+		_, err := a.Act(t.Context(), a.request("s1", "force: true"))
 		if status, retry, _, reason := responders.Classify(err); status != broker.Refused || retry || !strings.Contains(reason, "more than one") {
 			t.Errorf("status %s, retry %t: %s", status, retry, reason)
 		}
@@ -105,7 +105,7 @@ func TestEvictPod(t *testing.T) {
 			if _, err := pods.Create(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: a.pod.Name, Labels: a.pod.Labels}}, metav1.CreateOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			r := a.request("s1", "")
+			r := a.request("s1", "force: true")
 			r.Resumed = resumed
 			_, err := a.Act(t.Context(), r)
 			if status, _, _, reason := responders.Classify(err); status != broker.Nothing {

@@ -102,7 +102,7 @@ func (e *Entry) holds(w When, set map[string]json.RawMessage) bool {
 			}
 		}
 		if raw := set[name]; raw != nil && json.Unmarshal(raw, &value) != nil {
-			return false
+			value = string(raw) // a boolean, or a number
 		}
 		if value != want {
 			return false

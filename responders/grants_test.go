@@ -34,6 +34,19 @@ func TestDocsGrants(t *testing.T) {
 	}
 }
 
+// Parameters that are no text decide too, also where the default is written out.
+func TestGrantsByBooleans(t *testing.T) {
+	e := entryOf(t, "delete-pod")
+	forced := []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "delete"}}}
+	for params, want := range map[string][]rbacv1.PolicyRule{
+		"": e.RBAC, `{"force":false}`: e.RBAC, `{"maxUnavailable":"25%"}`: e.RBAC, `{"force":true}`: forced,
+	} {
+		if got := e.PermissionsFor(json.RawMessage(params)); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v, want %v", params, got, want)
+		}
+	}
+}
+
 func TestGrantsByParameters(t *testing.T) {
 	rule := func(group, resource string, names []string, verbs ...string) rbacv1.PolicyRule {
 		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: names, Verbs: verbs}

@@ -396,12 +396,13 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		}
 		return h.suppress(v.guard, v.reason)
 	case v.guard == "owner" && mode == broker.Enforce:
-		return h.instead(ctx, s, r, owner(r, req), v.reason)
+		return h.instead(ctx, s, r, replacement{
+			guard: "owner", about: owner(r, req), title: "delete, recreate, alert, delete", reason: v.reason,
+		})
 	case v.guard != "":
 		return h.suppress(v.guard, v.reason)
 	case mode == broker.Audit:
-		l.end(s.ID, broker.Done, Result{}, now)
-		return broker.Audited, why, 0
+		return h.foresee(ctx, r, req, why)
 	}
 	return h.charge(ctx, d, r, a.Priority.Urgent(), begun)
 }
@@ -466,21 +467,80 @@ func (h *Host) tellSpared(rule string, pod *corev1.Pod, class string) {
 		"Whoever may create pods there may be free to name that class: see guard.protect.priorityClasses", rule, pod.Namespace, pod.Name, class))
 }
 
+// foresee says of a step in audit mode what would come of it, as far as only its
+// responder can tell.
+func (h *Host) foresee(ctx context.Context, r *running, req *Request, why string) (status broker.Status, reason string, again time.Duration) {
+	s, err := req.Step, error(nil)
+	if f, ok := r.act.(Foreseer); ok {
+		foreseeing, cancel := h.deadline(ctx, r.Deadline)
+		err = f.Foresee(foreseeing, req)
+		cancel()
+	}
+	status, reason = broker.Audited, why
+	var gentler *spareError
+	switch {
+	case errors.As(err, &gentler) && r.Instead != "":
+		h.rehearsal.instead(s.ID, r.Instead)
+		status, reason, _ = h.suppress("workload", err.Error()+"; "+r.Instead+" would be done instead")
+	case as[*refusal](err):
+		status, reason = broker.Refused, err.Error()
+	case err != nil:
+		reason += "; whether it would be done is not known: " + reasonOf(err)
+	}
+	ended := status
+	if status == broker.Audited {
+		ended = broker.Done
+	}
+	h.rehearsal.end(s.ID, ended, Result{}, time.Now())
+	return status, reason, 0
+}
+
+// replacement is why a gentler responder takes a step's place.
+type replacement struct {
+	guard  string
+	about  string // people are told once in a while of each
+	title  string // what they are told
+	reason string
+}
+
 // instead puts the gentler responder in the step's place and tells people.
-func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, owner, reason string) (broker.Status, string, time.Duration) {
-	reason += "; " + r.Instead + " is done instead"
+func (h *Host) instead(ctx context.Context, s *broker.Step, r *running, p replacement) (broker.Status, string, time.Duration) {
 	n := *s
 	n.ID = broker.StepID(s.AlertID, s.Rule, s.Position, r.Instead)
 	n.Action = broker.Action{Responder: r.Instead}
 	n.Remaining = nil // the chain goes on from the step itself
+	n.InPlaceOf = s.Responder + ": " + p.reason
 	if _, err := h.Broker.PublishStep(ctx, &n); err != nil {
 		h.Log.Error("the step in another's place could not be stored", "step", s.ID, "responder", r.Instead, "error", err)
 		return "", "", retryFirst
 	}
-	if h.ledger.tellOnce(s.Rule+"\x00"+owner, time.Now()) {
-		h.Tell("delete, recreate, alert, delete", fmt.Sprintf("rule %s: %s", s.Rule, reason))
+	reason := p.reason + "; " + r.Instead + " is done instead"
+	if h.ledger.tellOnce(s.Rule+"\x00"+p.about, time.Now()) {
+		h.Tell(p.title, fmt.Sprintf("rule %s: %s", s.Rule, reason))
 	}
-	return h.suppress("owner", reason)
+	return h.suppress(p.guard, reason)
+}
+
+// spare has the gentler responder do what this one would not.
+func (h *Host) spare(ctx context.Context, r *running, req *Request, why *spareError, reason string) (broker.Status, string, time.Duration) {
+	if r.Instead == "" {
+		return broker.Refused, reason, 0
+	}
+	about := why.kind + "\x00" + req.Target.Namespace + "\x00" + owner(r, req)
+	status, reason, again := h.instead(ctx, req.Step, r, replacement{guard: "workload", about: about, title: "spared for its workload", reason: reason})
+	if again == 0 {
+		h.ledger.instead(req.Step.ID, r.Instead)
+	}
+	return status, reason, again
+}
+
+// unanswered tells people of an alert that nothing was done about in the end: what
+// was to be done was held back, and what was to be done instead was not.
+func (h *Host) unanswered(o broker.Outcome, s *broker.Step) {
+	switch o.Status {
+	case broker.Failed, broker.Refused, broker.Expired:
+		h.Tell("nothing was done", fmt.Sprintf("rule %s: %s of %s ended as %s: %s", s.Rule, s.Responder, describe(o.Target), o.Status, o.Reason))
+	}
 }
 
 // act lets the responder act, between the two records that make sure that a
@@ -524,6 +584,15 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 	if retry && harm && r.local() {
 		rec := h.ledger.get(s.ID)
 		retry = rec != nil && time.Since(rec.Began) < localFor
+	}
+	var gentler *spareError
+	if errors.As(err, &gentler) {
+		// What came of the step has to be known also when stoop is being stopped.
+		var again time.Duration
+		if status, reason, again = h.spare(context.WithoutCancel(ctx), r, req, gentler, reason); again > 0 {
+			h.retry(d, again)
+			return
+		}
 	}
 	if retry {
 		if r.Kind == Evidence && s.OnFailure != broker.Stop {
@@ -618,6 +687,13 @@ func (h *Host) finish(ctx context.Context, d *broker.Delivery, r *running, statu
 	failpoint.Hit("host.after-next")
 	o := s.Outcome(status, res.Reason)
 	o.Found, o.Undo = res.Found, undo
+	if s.InPlaceOf != "" {
+		if o.Reason != "" {
+			o.Reason += "; "
+		}
+		o.Reason += "in place of " + s.InPlaceOf
+		h.unanswered(o, s)
+	}
 	if s.Approved != nil {
 		o.Actor = s.Approved.Actor
 	}

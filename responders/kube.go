@@ -30,6 +30,7 @@ type Kube struct {
 	config           *rest.Config
 	served           served
 	nodeTurn         nodeTurn
+	turns            workloadTurns
 }
 
 // NewKube reaches the API server as configured. All its requests share one
@@ -95,6 +96,12 @@ func (k *Kube) Nodes() *gentype.ClientWithList[*corev1.Node, *corev1.NodeList] {
 func (k *Kube) Pods(namespace string) *gentype.ClientWithList[*corev1.Pod, *corev1.PodList] {
 	return gentype.NewClientWithList("pods", k.core, k.params, namespace,
 		func() *corev1.Pod { return &corev1.Pod{} }, func() *corev1.PodList { return &corev1.PodList{} })
+}
+
+// Claims are the PersistentVolumeClaims of a namespace.
+func (k *Kube) Claims(namespace string) *gentype.Client[*corev1.PersistentVolumeClaim] {
+	return gentype.NewClient("persistentvolumeclaims", k.core, k.params, namespace,
+		func() *corev1.PersistentVolumeClaim { return &corev1.PersistentVolumeClaim{} })
 }
 
 // NetworkPolicies are those of a namespace.

@@ -33,6 +33,7 @@ type act struct {
 	Reason    string            `json:"reason,omitempty"`
 	Found     map[string]string `json:"found,omitempty"`
 	Undo      bool              `json:"undo,omitempty"`
+	Instead   string            `json:"instead,omitempty"` // what was done in its place
 }
 
 // breaker is what STATE holds of an open one.
@@ -295,8 +296,11 @@ func (l *ledger) begin(id string, a act, g *Guards, instead bool, now time.Time)
 // cooling is why what was done is not done again yet, or "".
 func (a *act) cooling(g *Guards, now time.Time) string {
 	left := g.Cooldown - now.Sub(a.Ended)
-	if a.Status != broker.Done || left <= 0 {
+	switch {
+	case left <= 0 || a.Status != broker.Done && a.Instead == "":
 		return ""
+	case a.Instead != "":
+		return fmt.Sprintf("cooldown: this rule had %s done here instead %s ago, and will ask again in %s", a.Instead, ago(now.Sub(a.Ended)), ago(left))
 	}
 	return fmt.Sprintf("cooldown: this rule did this here %s ago, and will again in %s", ago(now.Sub(a.Ended)), ago(left))
 }
@@ -419,6 +423,15 @@ func (l *ledger) end(id string, status broker.Status, res Result, now time.Time)
 		l.uncount(id, a)
 	}
 	return true
+}
+
+// instead notes of a step that something gentler is done in its place.
+func (l *ledger) instead(id, responder string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if a := l.acts[id]; a != nil {
+		a.Instead = responder
+	}
 }
 
 // dump adds every record to what a store is to be given.

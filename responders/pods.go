@@ -616,6 +616,7 @@ func slim(pod *corev1.Pod) *corev1.Pod {
 			ServiceAccountName: pod.Spec.ServiceAccountName,
 			InitContainers:     slimContainers(pod.Spec.InitContainers),
 			Containers:         slimContainers(pod.Spec.Containers),
+			Volumes:            slimVolumes(pod.Spec.Volumes),
 		},
 		Status: corev1.PodStatus{
 			Phase:                      pod.Status.Phase,
@@ -643,6 +644,26 @@ func slimContainers(list []corev1.Container) []corev1.Container {
 	var s []corev1.Container
 	for i := range list {
 		s = append(s, corev1.Container{Name: list[i].Name, Image: list[i].Image})
+	}
+	return s
+}
+
+// slimVolumes are those of claims: the others go with the pod, or are no part of it.
+func slimVolumes(list []corev1.Volume) []corev1.Volume {
+	var s []corev1.Volume
+	for i := range list {
+		v := corev1.Volume{Name: list[i].Name}
+		switch c, e := list[i].PersistentVolumeClaim, list[i].Ephemeral; {
+		case c != nil:
+			v.PersistentVolumeClaim = c
+		case e != nil && e.VolumeClaimTemplate != nil:
+			v.Ephemeral = &corev1.EphemeralVolumeSource{VolumeClaimTemplate: &corev1.PersistentVolumeClaimTemplate{
+				Spec: corev1.PersistentVolumeClaimSpec{AccessModes: e.VolumeClaimTemplate.Spec.AccessModes},
+			}}
+		default:
+			continue
+		}
+		s = append(s, v)
 	}
 	return s
 }

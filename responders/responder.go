@@ -35,6 +35,8 @@ import (
 // context's deadline. Its errors:
 //
 //   - [Refuse]: it won't, whatever the number of tries.
+//   - [Spare]: it won't do this to this object; what [Entry.Instead] names is done
+//     instead, and people are told.
 //   - [Retry]: the fault may pass; it is tried again with growing delays.
 //   - [ErrGone]: the target is not there any more; the outcome is nothing.
 //   - anything else: failed, and not tried again. Kubernetes' own errors may be
@@ -50,6 +52,13 @@ type Responder interface {
 // that it won't act. It is asked in audit mode too.
 type Checker interface {
 	Check(ctx context.Context, r *Request) error
+}
+
+// Foreseer is a Responder that finds out only at the act, by asking the API server,
+// whether it does it. In audit mode Foresee is asked in its place, and so it is before
+// a person is; its errors are those of Act.
+type Foreseer interface {
+	Foresee(ctx context.Context, r *Request) error
 }
 
 // Particular is a Responder that acts on less than the [Object] of its entry: one
@@ -80,7 +89,7 @@ type Entry struct {
 	// Deadline bounds one try of a step.
 	Deadline time.Duration
 	// Instead names the responder that takes the step's place when the
-	// owner's limit holds it back.
+	// owner's limit holds it back, or it spares what it was to act on.
 	Instead string
 	// Approve reports whether a step with these parameters waits until a person
 	// approves it, where its rule does not say; nil: none does.
@@ -276,6 +285,17 @@ func (e *refusal) Error() string { return e.reason }
 // Refuse is the error of a responder that won't act, and why.
 func Refuse(format string, args ...any) error {
 	return &refusal{fmt.Sprintf(format, args...)}
+}
+
+// spareError says that something gentler is to be done.
+type spareError struct{ kind, reason string }
+
+func (e *spareError) Error() string { return e.reason }
+
+// Spare is the error of a responder that leaves its object to a gentler one, and why.
+// Of each kind people are told once in a while: it holds nothing out of an alert.
+func Spare(kind, format string, args ...any) error {
+	return &spareError{kind, fmt.Sprintf(format, args...)}
 }
 
 type retryable struct {

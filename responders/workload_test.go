@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -27,9 +29,10 @@ type member struct {
 	server *conformance.Server
 	env    responders.Env
 	mu     sync.Mutex
-	writes []string                // "PATCH pods/web-0 {…}"
-	before func(req *http.Request) // a request that changes something is sent
-	after  func(req *http.Request) // and answered
+	writes []string                     // "PATCH pods/web-0 {…}"
+	before func(req *http.Request)      // a request that changes something is sent
+	after  func(req *http.Request)      // and answered
+	refuse func(req *http.Request) bool // by an API server that is away
 }
 
 // newMember is one whose pod nothing controls yet.
@@ -55,6 +58,9 @@ type trip func(*http.Request) (*http.Response, error)
 func (f trip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
 
 func (m *member) trip(next http.RoundTripper, req *http.Request) (*http.Response, error) {
+	if m.refuse != nil && m.refuse(req) {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+	}
 	if req.Method != http.MethodGet {
 		body, err := io.ReadAll(req.Body)
 		if err != nil {

@@ -25,8 +25,10 @@ var update = flag.Bool("update", false, "write the golden files anew")
 func catalog() rules.Catalog {
 	return rules.Catalog{
 		"delete-pod": param.Describe(struct {
-			GracePeriod param.Duration `param:"gracePeriod" doc:"How long the pod has to end."`
-		}{param.Duration(time.Second)}),
+			GracePeriod    param.Duration `param:"gracePeriod" doc:"How long the pod has to end."`
+			MaxUnavailable param.Portion  `param:"maxUnavailable" doc:"How many of its kind may be missing."`
+			Force          bool           `param:"force" doc:"Whatever becomes of its workload."`
+		}{GracePeriod: param.Duration(time.Second)}),
 		"isolate-pod": param.Describe(struct {
 			Direction  string         `param:"direction" doc:"Which way." oneof:"ingress egress both"`
 			AllowCIDRs []param.CIDR   `param:"allowCIDRs" doc:"What stays allowed."`
@@ -501,7 +503,7 @@ func ExampleParse() {
 	// rules.yaml:3:23: unknown priority "critcal": did you mean "critical"? There are: emergency, alert, critical, error, warning, notice, informational, debug
 	//         match: {priority: critcal}
 	//                           ^
-	// rules.yaml:5:22: delete-pod: unknown parameter "gracePeriode": did you mean "gracePeriod"? There is only: gracePeriod
+	// rules.yaml:5:22: delete-pod: unknown parameter "gracePeriode": did you mean "gracePeriod"? There are: gracePeriod, maxUnavailable, force
 	//           - delete-pod: {gracePeriode: 2s}
 	//                          ^
 }

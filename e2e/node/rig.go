@@ -61,7 +61,7 @@ rules:
       - freeze-container
       - capture-proc
       - cut-network
-      - delete-pod: {gracePeriod: 1s}
+      - delete-pod: {gracePeriod: 1s, force: true}
 `
 
 // startRig starts the cluster, the node and stoop; they end with t.

@@ -132,6 +132,7 @@ var kinds = []struct {
 	{"", "secrets", "Secret", false, false},
 	{"", "events", "Event", false, false},
 	{"", "serviceaccounts", "ServiceAccount", false, false},
+	{"", "persistentvolumeclaims", "PersistentVolumeClaim", false, false},
 	{"networking.k8s.io", "networkpolicies", "NetworkPolicy", false, false},
 	{"apps", "deployments", "Deployment", false, true},
 	{"apps", "replicasets", "ReplicaSet", false, true},
@@ -645,6 +646,17 @@ func (s *Server) tell(c call, o object, kind string) {
 func matches(o object, c call, r *http.Request) bool {
 	if c.namespace != "" && text(meta(o), "namespace") != c.namespace {
 		return false
+	}
+	if q := r.URL.Query().Get("labelSelector"); q != "" {
+		selector, err := labels.Parse(q)
+		has, _ := meta(o)["labels"].(object)
+		set := labels.Set{}
+		for k := range has {
+			set[k] = text(has, k)
+		}
+		if err != nil || !selector.Matches(set) {
+			return false
+		}
 	}
 	if node, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "spec.nodeName="); ok {
 		spec, _ := o["spec"].(object)

@@ -24,6 +24,7 @@ func Workloads() []Case {
 	return []Case{
 		{
 			Responder: "evict-pod",
+			Params:    func(testing.TB) (string, func() int) { return `{"force":true}`, nil }, // nothing owns the pod
 			Done: func(t testing.TB, w World, pod *corev1.Pod) {
 				if now := PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
 					t.Error("the pod is not being deleted")

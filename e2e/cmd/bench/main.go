@@ -126,7 +126,7 @@ rules:
   - name: delete-on-critical
     match: {priority: critical}
     actions:
-      - delete-pod: {gracePeriod: %ds}
+      - delete-pod: {gracePeriod: %ds, force: true}
 `, b.grace)
 }
 

@@ -147,13 +147,13 @@ func throughputRules() string {
       priority: debug
       source: syscall
       fields: {k8s.ns.name: "bank-%d-*"}
-    actions: [delete-pod]
+    actions: [delete-pod: {force: true}]
 `, i, i, i, i)
 	}
 	b.WriteString(`  - name: rule-with-where
     match: {source: syscall}
     where: fields["k8s.ns.name"].startsWith("bank-") && priority != "critical"
-    actions: [delete-pod]
+    actions: [delete-pod: {force: true}]
 `)
 	return b.String()
 }
