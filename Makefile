@@ -6,7 +6,7 @@ LDFLAGS := -s -w
 CORPUS  := $(wildcard ../shared/alerts)
 export STOOP_CORPUS ?= $(if $(CORPUS),$(abspath $(CORPUS)))
 
-.PHONY: build demo test race lint fuzz e2e e2e-node e2e-host bench docs packages image release clean
+.PHONY: build demo test race lint fuzz chart e2e e2e-node e2e-host bench docs packages image release clean
 
 build: ## the program, ./stoop
 	$(GO) build -ldflags '$(LDFLAGS)' -o stoop .
@@ -25,11 +25,15 @@ lint: ## formatting, vet, staticcheck
 	$(GO) vet ./...
 	$(GO) vet -tags failpoints ./...
 	cd e2e && $(GO) vet ./...
+	cd charts && $(GO) vet ./...
 	cd tools && $(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
 fuzz: ## 20 s of each fuzz target
 	$(GO) test -run '^$$' -fuzz '^FuzzParse$$' -fuzztime 20s -fuzzminimizetime 10x ./alert
+
+chart: ## lint the Helm chart, render every values file, hold it against the program; builds Helm the first time (minutes)
+	cd charts && $(GO) test -timeout 25m -count=1 .
 
 e2e: ## against a real kube-apiserver, built from its modules the first time (minutes)
 	cd e2e && $(GO) test -timeout 25m -count=1 ./...
