@@ -230,14 +230,15 @@ func (p *program) printTable(found []doctor.Finding) {
 	}
 	t := &table{head: []string{"CHECK", "STATUS", "WHAT IS THERE, AND WHAT TO DO"}}
 	name := ""
-	for _, f := range found {
+	for i, f := range found {
 		check := f.Check
 		if check == name {
 			check = ""
 		}
 		name = f.Check
 		t.add(check, string(f.Status), f.Found)
-		if f.Do != "" {
+		// What mends several in a row is said once, below them.
+		if f.Do != "" && (i+1 == len(found) || found[i+1].Check != f.Check || found[i+1].Do != f.Do) {
 			t.add("", "", "> "+f.Do)
 		}
 	}
