@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -378,12 +377,7 @@ func (i *podIsolator) tellOthers(ctx context.Context, pod *corev1.Pod, ours *net
 	if len(names) == 0 {
 		return
 	}
-	slices.Sort(names)
-	const most = 10
-	if len(names) > most {
-		names = append(names[:most], fmt.Sprintf("%d more", len(names)-most))
-	}
-	joined := strings.Join(names, ", ")
+	joined := briefly(names)
 	result.Found["otherPolicies"] = joined
 	result.Reason += "; policies add up, and these select the pod too and still allow some traffic: " + joined
 }

@@ -326,12 +326,7 @@ func (q *podQuarantiner) tellLost(lost []string, err error, result *Result) {
 	if len(lost) == 0 {
 		return
 	}
-	slices.Sort(lost)
-	const most = 10
-	if len(lost) > most {
-		lost = append(lost[:most], fmt.Sprintf("%d more", len(lost)-most))
-	}
-	result.Found["policiesLost"] = strings.Join(lost, ", ")
+	result.Found["policiesLost"] = briefly(lost)
 	result.Reason += "; these policies no longer select the pod: " + result.Found["policiesLost"]
 }
 

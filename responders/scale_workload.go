@@ -246,12 +246,7 @@ func (s *workloadScaler) tellAutoscalers(ctx context.Context, rec scaling, resul
 	if len(names) == 0 {
 		return
 	}
-	slices.Sort(names)
-	const most = 10
-	if len(names) > most {
-		names = append(names[:most], fmt.Sprintf("%d more", len(names)-most))
-	}
-	result.Found["autoscalers"] = strings.Join(names, ", ")
+	result.Found["autoscalers"] = briefly(names)
 	result.Reason += fmt.Sprintf("; HorizontalPodAutoscaler %s targets it", result.Found["autoscalers"])
 	if rec.To == 0 && !fromZero {
 		result.Reason += " and leaves it alone as long as it has 0"
