@@ -322,23 +322,7 @@ func (h *Host) decide(ctx context.Context, id, actor string, status broker.Statu
 // approvalLoop ends the steps that nobody has decided about in time, also those
 // whose time was over while stoop was down.
 func (h *Host) approvalLoop(ctx context.Context) {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-h.approvals.wake:
-		case <-timer.C:
-		}
-		id, expires := h.approvals.next()
-		if id == "" {
-			continue
-		}
-		if wait := time.Until(expires); wait > 0 {
-			timer.Reset(wait)
-			continue
-		}
+	whenDue(ctx, h.approvals.wake, h.approvals.next, func(id string) {
 		_, err := h.decide(ctx, id, "", broker.Expired, "nobody has approved it in time")
 		if err != nil {
 			h.Log.Error("a step that nobody approved could not be ended", "step", id, "error", err)
@@ -347,6 +331,5 @@ func (h *Host) approvalLoop(ctx context.Context) {
 			case <-time.After(approvalAgain):
 			}
 		}
-		timer.Reset(0)
-	}
+	})
 }

@@ -319,16 +319,30 @@ func (h *Host) UndoAll(ctx context.Context, rule string, since time.Time, actor 
 // long as it can't be done: an isolation must not outlive its ttl because the
 // API server was away.
 func (h *Host) expireLoop(ctx context.Context) {
+	whenDue(ctx, h.undos.wake, h.undos.next, func(id string) {
+		if o, err := h.undo(ctx, id, "ttl"); err != nil {
+			if attempts, news := h.undos.failed(id, err, time.Now()); news {
+				h.recordFailed(o, err)
+				h.Log.Warn("a ttl is over, but the step could not be taken back; it is tried again", "step", id, "attempt", attempts, "error", err)
+			}
+		}
+	})
+}
+
+// whenDue deals with one step after the other as it falls due, until ctx ends. next is
+// the step that is due first, and when; "": none is. wake has a token when that may have
+// changed.
+func whenDue(ctx context.Context, wake <-chan struct{}, next func() (id string, due time.Time), deal func(id string)) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-h.undos.wake:
+		case <-wake:
 		case <-timer.C:
 		}
-		id, due := h.undos.next()
+		id, due := next()
 		if id == "" {
 			continue
 		}
@@ -336,12 +350,7 @@ func (h *Host) expireLoop(ctx context.Context) {
 			timer.Reset(wait)
 			continue
 		}
-		if o, err := h.undo(ctx, id, "ttl"); err != nil {
-			if attempts, news := h.undos.failed(id, err, time.Now()); news {
-				h.recordFailed(o, err)
-				h.Log.Warn("a ttl is over, but the step could not be taken back; it is tried again", "step", id, "attempt", attempts, "error", err)
-			}
-		}
+		deal(id)
 		timer.Reset(0)
 	}
 }
