@@ -123,7 +123,7 @@ func waitingLines(a responders.Approval) []string {
 		lines = append(lines, "parameters: "+flow(a.Params))
 	}
 	if raised, err := alert.Parse(a.Alert); err == nil {
-		lines = append(lines, fmt.Sprintf("alert: %s (%s): %s", raised.Rule, raised.Priority, shorten(raised.Output, 500)))
+		lines = append(lines, fmt.Sprintf("alert: %s (%s): %s", raised.Rule, raised.Priority, cut(raised.Output, 501)))
 	}
 	for _, f := range a.Found {
 		lines = append(lines, fmt.Sprintf("%s before it: %s %s", f.Responder, f.Status, f.Reason))
@@ -150,11 +150,4 @@ func flow(params json.RawMessage) string {
 		return string(params)
 	}
 	return strings.Join(strings.Fields(string(out)), " ")
-}
-
-func shorten(s string, most int) string {
-	if r := []rune(s); len(r) > most {
-		return string(r[:most]) + "…"
-	}
-	return s
 }
