@@ -321,6 +321,16 @@ func loadConfig(path string) (Config, error) {
 	return c, param.Decode(raw, &c)
 }
 
+// loadBoth reads the configuration, as loadConfig does, and the rules.
+func loadBoth(config, file string, entries []responders.Entry) (Config, *rules.Set, error) {
+	c, err := loadConfig(config)
+	if err != nil {
+		return c, nil, err
+	}
+	set, err := rules.Load(file, catalogOf(entries))
+	return c, set, err
+}
+
 // nodeName is the name of this node.
 func (c *Config) nodeName() (string, error) {
 	if c.Node != "" {

@@ -114,12 +114,8 @@ Nothing is done.`,
 			if err := checkOutput(output); err != nil {
 				return err
 			}
-			c, err := loadConfig(config)
-			if err != nil {
-				return wrong(err)
-			}
 			entries := responders.All()
-			set, err := rules.Load(file, catalogOf(entries))
+			c, set, err := loadBoth(config, file, entries)
 			if err != nil {
 				return wrong(err)
 			}

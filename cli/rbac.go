@@ -41,12 +41,8 @@ is changed.`,
 					return usage("%s is %q: %s", name.flag, name.value, msgs[0])
 				}
 			}
-			c, err := loadConfig(config)
-			if err != nil {
-				return wrong(err)
-			}
 			entries := responders.All()
-			set, err := rules.Load(file, catalogOf(entries))
+			c, set, err := loadBoth(config, file, entries)
 			if err != nil {
 				return wrong(err)
 			}
