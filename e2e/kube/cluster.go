@@ -212,6 +212,7 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 		"--service-account-key-file=" + c.path("sa.key"), "--service-account-signing-key-file=" + c.path("sa.key"),
 		"--authorization-mode=RBAC", "--token-auth-file=" + c.path("tokens.csv"),
 		"--cert-dir=" + c.path("certs"),
+		"--allow-privileged=true", // as clusters have it: the chart's Falco may be
 	}
 	if c.nodes {
 		args = append(args, "--kubelet-preferred-address-types=InternalIP", // their names are nowhere to be asked for
