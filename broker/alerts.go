@@ -13,6 +13,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"stoop/alert"
+	"stoop/failpoint"
 )
 
 // Arrival is one line that came in on the pipe.
@@ -382,6 +383,10 @@ type Stored struct {
 	StoredAt time.Time
 	Origin   Origin
 	Alert    *alert.Alert // what Data says, if this process knows it already
+
+	Urgent bool   // which lane it is in
+	Seq    uint64 // its place in the lane, from 1
+	Again  bool   // it was given before, to this process or an earlier one
 }
 
 func newStored(m jetstream.Msg) *Stored {
@@ -392,6 +397,7 @@ func newStored(m jetstream.Msg) *Stored {
 	}
 	if meta, err := m.Metadata(); err == nil {
 		s.StoredAt = meta.Timestamp
+		s.Seq, s.Again = meta.Sequence.Stream, meta.NumDelivered > 1
 	}
 	s.Received = s.StoredAt
 	if ns, err := strconv.ParseInt(h.Get(HeaderReceived), 10, 64); err == nil {
@@ -436,23 +442,26 @@ const (
 	// routeWindow bounds the alerts whose steps are on their way into
 	// ACTIONS.
 	routeWindow = 1024
+	// keepTogether is for how many alerts at most it is stored at once that
+	// others agree with them.
+	keepTogether = 256
 	// pullExpiry bounds how long a pull that got lost can hold a consumer up.
 	pullExpiry = 5 * time.Second
 )
 
 // RouteAlerts hands every stored alert of a lane to match, in the order in
 // which they were stored, and publishes the steps that it returns. An alert is
-// acknowledged when its steps are stored. It returns when ctx is done, or when
-// the store fails.
-func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step) error {
-	err := b.routeAlerts(ctx, urgent, match)
+// acknowledged when its steps are stored, and what k keeps; k is nil if there is
+// nothing to keep. It returns when ctx is done, or when the store fails.
+func (b *Broker) RouteAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step, k Keeper) error {
+	err := b.routeAlerts(ctx, urgent, match, k)
 	if ctx.Err() != nil {
 		return nil // stopped, be it while the consumer was being made
 	}
 	return err
 }
 
-func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step) error {
+func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Stored) []*Step, k Keeper) error {
 	l := b.lane(urgent)
 	nc, err := b.Connect("router " + l.name)
 	if err != nil {
@@ -487,52 +496,18 @@ func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Store
 	}
 	defer it.Stop()
 
-	type routing struct {
-		msg  jetstream.Msg
-		acks []stepAck
-	}
 	window := make(chan routing, routeWindow)
 	done := make(chan error, 1)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go func() { // waits for the steps' acknowledgements, in order
-		tick := time.NewTicker(ackEvery)
-		defer tick.Stop()
-		var last jetstream.Msg
-		var counted uint64
-		flush := func() {
-			if last != nil {
-				if err := last.Ack(); err != nil {
-					b.log.Warn("acknowledge alerts", "stream", l.name, "error", err)
-				}
-				last = nil
-			}
+	settler := &settler{b: b, lane: l, urgent: urgent, js: publish, keeper: k}
+	go func() {
+		err := settler.run(ctx, window)
+		if err != nil {
+			cancel(err)
 		}
-		defer func() { flush(); _ = nc.FlushTimeout(time.Second) }()
-		for {
-			select {
-			case r, ok := <-window:
-				if !ok {
-					done <- nil
-					return
-				}
-				for _, ack := range r.acks {
-					if err := b.stepStored(ctx, ack); err != nil {
-						cancel(err)
-						done <- err
-						return
-					}
-				}
-				last = r.msg
-				// One that was given twice is counted once.
-				if meta, err := r.msg.Metadata(); err == nil && meta.Sequence.Stream > counted {
-					counted = meta.Sequence.Stream
-					l.routed(len(r.msg.Data()))
-				}
-			case <-tick.C:
-				flush()
-			}
-		}
+		_ = nc.FlushTimeout(time.Second)
+		done <- err
 	}()
 	for {
 		m, err := it.Next(jetstream.NextContext(ctx))
@@ -543,7 +518,12 @@ func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Store
 		r := routing{msg: m}
 		if s := newStored(m); s != nil {
 			s.Alert = b.underway.take(s.ID)
+			s.Urgent = urgent
 			for _, step := range match(s) {
+				if len(step.Agreed) > 0 {
+					r.agreed = append(r.agreed, step)
+					continue
+				}
 				r.acks = append(r.acks, b.publishStepAsync(ctx, publish, step, urgent))
 			}
 		}
@@ -552,6 +532,114 @@ func (b *Broker) routeAlerts(ctx context.Context, urgent bool, match func(*Store
 		case <-ctx.Done():
 		}
 	}
+}
+
+// routing is an alert that was held against the rules, and what followed.
+type routing struct {
+	msg    jetstream.Msg
+	acks   []stepAck
+	agreed []*Step // not published yet: that several alerts agreed is stored first
+}
+
+// settler waits until the steps of routed alerts are stored, in order, and
+// acknowledges the alerts.
+type settler struct {
+	b       *Broker
+	lane    *lane
+	urgent  bool
+	js      jetstream.JetStream // for steps
+	keeper  Keeper              // or nil
+	last    jetstream.Msg       // not acknowledged yet, nor is what came before it
+	counted uint64
+}
+
+// run settles until the window is closed and empty, or an error.
+func (s *settler) run(ctx context.Context, window <-chan routing) error {
+	defer s.acknowledge(ctx)
+	tick := time.NewTicker(ackEvery)
+	defer tick.Stop()
+	batch := make([]routing, 0, keepTogether)
+	for {
+		select {
+		case <-tick.C:
+			s.acknowledge(ctx)
+		case r, ok := <-window:
+			if !ok {
+				return nil
+			}
+			batch = append(batch[:0], r)
+			// What is at hand is stored together.
+			for more := r.agreed != nil; more && len(batch) < cap(batch); {
+				select {
+				case r, more = <-window:
+					if more {
+						batch = append(batch, r)
+					}
+				default:
+					more = false
+				}
+			}
+			if err := s.settle(ctx, batch); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (s *settler) settle(ctx context.Context, batch []routing) error {
+	if batch[0].agreed != nil {
+		failpoint.Hit("router.before-keep")
+		if err := s.keep(ctx); err != nil {
+			return err
+		}
+		failpoint.Hit("router.after-keep")
+		for i := range batch {
+			for _, step := range batch[i].agreed {
+				batch[i].acks = append(batch[i].acks, s.b.publishStepAsync(ctx, s.js, step, s.urgent))
+			}
+		}
+	}
+	for _, r := range batch {
+		for _, ack := range r.acks {
+			if err := s.b.stepStored(ctx, ack); err != nil {
+				return err
+			}
+		}
+		for _, step := range r.agreed {
+			s.keeper.Kept(step)
+		}
+		s.last = r.msg
+		// One that was given twice is counted once.
+		if meta, err := r.msg.Metadata(); err == nil && meta.Sequence.Stream > s.counted {
+			s.counted = meta.Sequence.Stream
+			s.lane.routed(len(r.msg.Data()))
+		}
+	}
+	return nil
+}
+
+// keep has what is remembered of alerts stored, also when stoop is being stopped.
+func (s *settler) keep(ctx context.Context) error {
+	if s.keeper == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishTimeout)
+	defer cancel()
+	return s.keeper.Keep(ctx)
+}
+
+func (s *settler) acknowledge(ctx context.Context) {
+	if s.last == nil {
+		return
+	}
+	if err := s.keep(ctx); err != nil {
+		s.b.log.Warn("acknowledge alerts", "stream", s.lane.name, "error", err)
+		return // with what comes next
+	}
+	if err := s.last.Ack(); err != nil {
+		s.b.log.Warn("acknowledge alerts", "stream", s.lane.name, "error", err)
+	}
+	s.last = nil
 }
 
 // consumer makes a durable consumer, or takes the one that is there over. What

@@ -93,8 +93,8 @@ func start(t testing.TB, f func(context.Context) error) (stop func()) {
 func TestAlertsAreRoutedInOrderAndLanesApart(t *testing.T) {
 	b := brokertest.New(t)
 	var urgent, other ids
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, urgent.add) })
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, urgent.add, nil) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
 	var want []string
 	for i := range 500 {
 		a := arrival(t, i, "Warning")
@@ -115,7 +115,7 @@ func TestAlertsAreRoutedInOrderAndLanesApart(t *testing.T) {
 func TestAFloodIsRoutedToItsEnd(t *testing.T) {
 	b := brokertest.Open(t, broker.Config{Dir: t.TempDir()})
 	var other ids
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
 	const n, chunk = 60_000, 500
 	for i := 0; i < n; i += chunk {
 		batch := make([]broker.Arrival, chunk)
@@ -138,7 +138,7 @@ func TestWhatAKilledProcessStoredIsNotStoredAgain(t *testing.T) {
 	three := arrival(t, 3, "Critical")
 	store(t, b, one, two, three)
 	var urgent ids
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, urgent.add) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, urgent.add, nil) })
 	eventually(t, "what was left is routed", func() bool { return urgent.len() >= 2 && b.Unrouted() <= 1 })
 	if got := strings.Join(urgent.got, " "); got != one.Alert.ID+" "+three.Alert.ID {
 		t.Errorf("routed %s", got)
@@ -226,8 +226,8 @@ func TestAFullQueueGivesTheLeastUrgentUp(t *testing.T) {
 	match := func(s *broker.Stored) []*broker.Step {
 		return []*broker.Step{{ID: broker.StepID(s.ID, "r", 0, ""), AlertID: s.ID, Rule: "r", Action: broker.Action{Responder: "slack"}}}
 	}
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, match) })
-	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, match) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, true, match, nil) })
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, match, nil) })
 	const n = 5000 // more than may wait
 	for i := 0; i < n; i += 500 {
 		batch := make([]broker.Arrival, 500)
@@ -511,7 +511,7 @@ func TestStoppedWhileItBeginsIsNoFault(t *testing.T) {
 	}
 	for i := range 20 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*100*time.Microsecond)
-		if err := b.RouteAlerts(ctx, true, func(*broker.Stored) []*broker.Step { return nil }); err != nil {
+		if err := b.RouteAlerts(ctx, true, func(*broker.Stored) []*broker.Step { return nil }, nil); err != nil {
 			t.Errorf("the router, stopped after %d µs: %v", i*100, err)
 		}
 		cancel()

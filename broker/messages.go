@@ -91,7 +91,13 @@ type Step struct {
 	// InPlaceOf is the responder whose place this one has taken, and why: see
 	// docs/responders.md.
 	InPlaceOf string `json:"inPlaceOf,omitempty"`
+	// Agreed are the ids of the alerts that the rule waited for, this one's the
+	// last; only of the latest [AgreedMost]. Empty: the rule waits for none.
+	Agreed []string `json:"agreed,omitempty"`
 }
+
+// AgreedMost is how many ids of alerts that agreed a step and its outcome carry.
+const AgreedMost = 16
 
 // Approval is a person's word that a step may be done.
 type Approval struct {
@@ -167,5 +173,6 @@ type Outcome struct {
 	Cluster   string            `json:"cluster,omitempty"`
 	Rules     string            `json:"rules,omitempty"` // the hash of the rules in force
 	Attempt   int               `json:"attempt,omitempty"`
+	Agreed    []string          `json:"agreed,omitempty"` // the ids of the alerts that the rule waited for, the latest of them
 	Took      Took              `json:"took,omitzero"`
 }

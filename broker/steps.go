@@ -191,7 +191,7 @@ func (b *Broker) PublishStep(ctx context.Context, s *Step) (stored bool, err err
 func (s *Step) Outcome(status Status, reason string) Outcome {
 	return Outcome{
 		ID: s.ID, Time: time.Now().UTC(), Alert: s.AlertID, Rule: s.Rule, Responder: s.Responder,
-		Status: status, Reason: reason, Target: s.Target, Rules: s.Rules, Took: s.Took,
+		Status: status, Reason: reason, Target: s.Target, Rules: s.Rules, Agreed: s.Agreed, Took: s.Took,
 	}
 }
 

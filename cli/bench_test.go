@@ -30,7 +30,7 @@ func BenchmarkWay(b *testing.B) {
 	dir := b.TempDir()
 	store := brokertest.Open(b, broker.Config{Dir: filepath.Join(dir, "data")})
 	log := slog.New(slog.DiscardHandler)
-	r := router.New(log, prometheus.NewRegistry())
+	r := router.New(log, prometheus.NewRegistry(), router.Trust{})
 	set, err := rules.Parse("bench.yaml", benchRules(), catalogOf(responders.All()))
 	if err != nil {
 		b.Fatal(err)

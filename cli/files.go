@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -94,6 +96,7 @@ type tested struct {
 	Priority   string         `json:"priority,omitempty"`
 	Target     *alert.Target  `json:"target,omitempty"`
 	Matches    []router.Match `json:"matches,omitempty"`
+	Waits      []router.Wait  `json:"waits,omitempty"` // rules that matched and wait for others that agree
 	Suppressed string         `json:"suppressed,omitempty"`
 	Why        string         `json:"why,omitempty"` // no rule matched
 	Error      string         `json:"error,omitempty"`
@@ -119,10 +122,7 @@ Nothing is done.`,
 			if err != nil {
 				return wrong(err)
 			}
-			t := &tester{set: set, guards: c.guards("", responders.Self{}, nil), harmful: map[string]bool{}}
-			for _, e := range entries {
-				t.harmful[e.Name] = e.Kind == responders.Harm
-			}
+			t := newTester(set, entries, c.guards("", responders.Self{}, nil))
 			return t.files(p, args, output == "json")
 		},
 	}
@@ -143,10 +143,18 @@ func checkOutput(o string) error {
 type tester struct {
 	set     *rules.Set
 	guards  responders.Guards
-	harmful map[string]bool
+	trust   router.Trust
+	counts  *router.Counts
+	now     time.Time // of the last alert that has a time
 	lines   int
 	matched int
 	bad     int
+}
+
+func newTester(set *rules.Set, entries []responders.Entry, g responders.Guards) *tester {
+	t := &tester{set: set, guards: g, trust: trustOf(entries, g), now: time.Unix(0, 0)}
+	t.counts = router.NewCounts(t.trust, nil, nil)
+	return t
 }
 
 func (t *tester) files(p *program, paths []string, asJSON bool) error {
@@ -244,18 +252,34 @@ func (t *tester) line(n int, line []byte) tested {
 		return r
 	}
 	t.matched++
+	var agreements []router.Agreement
+	if router.Waiting(found) {
+		agreements = t.count(a, found)
+	}
 	harm := false
-	for _, rule := range found {
+	for i, rule := range found {
+		if rule.When != nil && !agreements[i].Reached {
+			r.Waits = append(r.Waits, router.Wait{Rule: rule.Name, Why: agreements[i].Why})
+			continue
+		}
 		m := router.MatchOf(rule)
 		r.Matches = append(r.Matches, m)
-		for _, s := range m.Steps {
-			harm = harm || t.harmful[s]
-		}
+		harm = harm || slices.ContainsFunc(m.Steps, t.trust.Harms)
 	}
 	if harm {
 		r.Suppressed = t.guards.Foresee(a)
 	}
 	return r
+}
+
+// count counts an alert, at its own time, for the rules that wait for several.
+func (t *tester) count(a *alert.Alert, found []*rules.Rule) []router.Agreement {
+	if !a.Time.IsZero() {
+		t.now = a.Time
+	}
+	target := a.Target()
+	target.Node = ""
+	return t.counts.Add(router.Arrived{Alert: a, Target: target, Received: t.now, Now: t.now}, found)
 }
 
 func (r *tested) alertText() string {
@@ -273,7 +297,7 @@ func (r *tested) follows() string {
 	switch {
 	case r.Error != "":
 		return r.Error
-	case len(r.Matches) == 0:
+	case len(r.Matches) == 0 && len(r.Waits) == 0:
 		return r.Why
 	}
 	var parts []string
@@ -283,6 +307,9 @@ func (r *tested) follows() string {
 			s += " (audit)"
 		}
 		parts = append(parts, s)
+	}
+	for _, w := range r.Waits {
+		parts = append(parts, w.Rule+" waits: "+clean(w.Why))
 	}
 	s := strings.Join(parts, "; ")
 	if r.Suppressed != "" {

@@ -193,7 +193,8 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if err != nil {
 		return wrong(err)
 	}
-	r := router.New(log, reg)
+	guards := c.guards(nodeName, self, own)
+	r := router.New(log, reg, trustOf(entries, guards))
 	r.SetRules(set)
 	e = &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
@@ -203,7 +204,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 				Kube: kube, Node: nodeName, Cluster: c.Cluster, Data: c.Data,
 				Local: machine, Evidence: store, Self: self, Own: own, Log: log,
 			},
-			Guards: c.guards(nodeName, self, own),
+			Guards: guards,
 		},
 	}
 	intake := pipe.NewIntake(pipe.Options{
@@ -366,6 +367,18 @@ func waitIdle(ctx context.Context, in *pipe.Intake, e *engine) {
 func (e *engine) routed() bool {
 	g := e.current.Load()
 	return g != nil && g.broker.Unrouted() == 0
+}
+
+// trustOf is which alerts count towards a rule's when.
+func trustOf(entries []responders.Entry, g responders.Guards) router.Trust {
+	harmful := map[string]bool{}
+	for _, e := range entries {
+		harmful[e.Name] = e.Kind == responders.Harm
+	}
+	return router.Trust{
+		Harms:    func(responder string) bool { return harmful[responder] },
+		Distrust: g.Distrust, MaxAge: g.MaxAge,
+	}
 }
 
 func catalogOf(entries []responders.Entry) rules.Catalog {

@@ -114,7 +114,10 @@ func (p *program) showVerdict(data []byte) {
 	for _, m := range v.Matched {
 		p.entry("              steps    ", fmt.Sprintf("%s: %s (%s)", m.Rule, strings.Join(m.Steps, ", "), m.Mode))
 	}
-	if len(v.Matched) == 0 {
+	for _, w := range v.Waits {
+		p.entry("              waits    ", w.Rule+": "+clean(w.Why))
+	}
+	if len(v.Matched) == 0 && len(v.Waits) == 0 {
 		p.entry("              nothing  ", clean(v.Why))
 	}
 }

@@ -97,6 +97,13 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 	return "", ""
 }
 
+// Distrust is why nothing harmful is started by an alert, as far as the alert itself
+// is concerned, or "".
+func (g *Guards) Distrust(a *alert.Alert, t alert.Target, o broker.Origin, now time.Time) string {
+	_, why := g.trust(a, &broker.Step{Target: t, Origin: o}, now)
+	return why
+}
+
 // elsewhere is how an alert is not of this node, or "". One that names no node
 // counts as this one's.
 func (g *Guards) elsewhere(t alert.Target) string {

@@ -32,7 +32,14 @@ type Verdict struct {
 	Hostname string    `json:"hostname,omitempty"`
 	Pod      string    `json:"pod,omitempty"` // namespace/name
 	Matched  []Match   `json:"matched,omitempty"`
-	Why      string    `json:"why,omitempty"` // why none did
+	Waits    []Wait    `json:"waits,omitempty"`
+	Why      string    `json:"why,omitempty"` // why no rule matched
+}
+
+// Wait is a rule that matched an alert and waits for others that agree.
+type Wait struct {
+	Rule string `json:"rule"` // of rules.yaml
+	Why  string `json:"why"`  // how many agree, or why this alert does not count
 }
 
 // Match is a rule that matched an alert, and what follows from it.
@@ -54,6 +61,7 @@ func MatchOf(r *rules.Rule) Match {
 // Router routes alerts by the rules in force.
 type Router struct {
 	rules   atomic.Pointer[rules.Set]
+	counts  *Counts
 	log     *slog.Logger
 	watched atomic.Int64 // until when somebody watches, in nanoseconds since 1970
 	count   atomic.Uint64
@@ -63,9 +71,10 @@ type Router struct {
 }
 
 // New is a router; it routes by no rules until [Router.SetRules].
-func New(log *slog.Logger, reg prometheus.Registerer) *Router {
+func New(log *slog.Logger, reg prometheus.Registerer, trust Trust) *Router {
 	r := &Router{
 		log:     log,
+		counts:  NewCounts(trust, log, reg),
 		matched: prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_rules_matched_total", Help: "Matches of an alert and a rule."}),
 		none:    prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_alerts_unmatched_total", Help: "Alerts that no rule matched."}),
 	}
@@ -77,7 +86,10 @@ func New(log *slog.Logger, reg prometheus.Registerer) *Router {
 }
 
 // SetRules puts rules in force for the alerts from now on.
-func (r *Router) SetRules(s *rules.Set) { r.rules.Store(s) }
+func (r *Router) SetRules(s *rules.Set) {
+	r.rules.Store(s)
+	r.counts.SetRules(s)
+}
 
 // Rules are those in force.
 func (r *Router) Rules() *rules.Set { return r.rules.Load() }
@@ -90,13 +102,16 @@ func (r *Router) Watch(d time.Duration) { r.watched.Store(time.Now().Add(d).Unix
 
 // Run routes the alerts of both lanes of b until ctx is done.
 func (r *Router) Run(ctx context.Context, b *broker.Broker) error {
+	if err := r.counts.open(ctx, b, r.rules.Load()); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var lanes sync.WaitGroup
 	errs := [2]error{}
 	for i, urgent := range []bool{true, false} {
 		lanes.Go(func() {
-			errs[i] = b.RouteAlerts(ctx, urgent, func(s *broker.Stored) []*broker.Step { return r.route(b, s) })
+			errs[i] = b.RouteAlerts(ctx, urgent, func(s *broker.Stored) []*broker.Step { return r.route(b, s) }, r.counts)
 			cancel()
 		})
 	}
@@ -120,34 +135,51 @@ func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
 		a.ID = s.ID // a plain-text line's is that of the line, not of the JSON made of it
 	}
 	set := r.rules.Load()
-	found := set.Match(a)
-	if time.Now().UnixNano() < r.watched.Load() {
-		r.tell(b, a, s.Received, set, found)
+	matched := set.Match(a)
+	var target alert.Target
+	if len(matched) > 0 {
+		target = a.Target()
 	}
-	if len(found) == 0 {
+	var agreements []Agreement // nil: none of them waits for others
+	if Waiting(matched) {
+		agreements = r.counts.Add(Arrived{
+			Alert: a, Target: target, Origin: s.Origin, Received: s.Received, Now: time.Now(),
+			Urgent: s.Urgent, Seq: s.Seq, Again: s.Again,
+		}, matched)
+	}
+	if time.Now().UnixNano() < r.watched.Load() {
+		r.tell(b, a, s.Received, set, matched, agreements)
+	}
+	if len(matched) == 0 {
 		r.none.Inc()
 		return nil
 	}
-	r.matched.Add(float64(len(found)))
-	target := a.Target()
+	r.matched.Add(float64(len(matched)))
 	took := broker.Took{
 		Stored:  broker.Micros(s.StoredAt.Sub(s.Received).Microseconds()),
 		Matched: broker.MicrosSince(s.Received),
 	}
-	steps := make([]*broker.Step, 0, len(found))
-	for _, rule := range found {
-		steps = append(steps, &broker.Step{
+	steps := make([]*broker.Step, 0, len(matched))
+	for i, rule := range matched {
+		step := &broker.Step{
 			ID:      broker.StepID(a.ID, rule.Name, 0, ""),
 			AlertID: a.ID, Alert: json.RawMessage(s.Data), Received: s.Received, Origin: s.Origin,
 			Rule: rule.Name, Rules: set.Hash, Mode: rule.Mode,
 			Action: rule.Actions[0], Remaining: rule.Actions[1:],
 			Target: target, Took: took,
-		})
+		}
+		if rule.When != nil {
+			if !agreements[i].Reached {
+				continue
+			}
+			step.Agreed = agreements[i].Agreed
+		}
+		steps = append(steps, step)
 	}
 	return steps
 }
 
-func (r *Router) tell(b *broker.Broker, a *alert.Alert, received time.Time, set *rules.Set, found []*rules.Rule) {
+func (r *Router) tell(b *broker.Broker, a *alert.Alert, received time.Time, set *rules.Set, found []*rules.Rule, agreements []Agreement) {
 	t := a.Target()
 	v := Verdict{
 		Alert: a.ID, Time: received, Rule: a.Rule, Priority: a.Priority.String(), Source: a.Source,
@@ -156,7 +188,11 @@ func (r *Router) tell(b *broker.Broker, a *alert.Alert, received time.Time, set 
 	if t.Pod != "" {
 		v.Pod = t.Namespace + "/" + t.Pod
 	}
-	for _, rule := range found {
+	for i, rule := range found {
+		if rule.When != nil && !agreements[i].Reached {
+			v.Waits = append(v.Waits, Wait{Rule: rule.Name, Why: agreements[i].Why})
+			continue
+		}
 		v.Matched = append(v.Matched, MatchOf(rule))
 	}
 	if len(found) == 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -31,7 +32,7 @@ type bench struct {
 func start(t *testing.T, src string) *bench {
 	t.Helper()
 	b := &bench{t: t, broker: brokertest.New(t), steps: make(chan *broker.Step, 100)}
-	b.router = router.New(slog.New(slog.NewTextHandler(t.Output(), nil)), prometheus.NewRegistry())
+	b.router = router.New(slog.New(slog.NewTextHandler(t.Output(), nil)), prometheus.NewRegistry(), router.Trust{})
 	b.rules(src)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -189,5 +190,54 @@ func TestVerdicts(t *testing.T) {
 		if v.Rule != rule || !strings.Contains(string(m.Data), want) {
 			t.Errorf("verdict %s, want %s", m.Data, want)
 		}
+	}
+}
+
+// A rule with a when makes a step of the alert that completes what it waits for, and
+// until then says how far that is.
+func TestARuleWaits(t *testing.T) {
+	b := start(t, `
+rules:
+  - name: waits
+    match: {rule: "Shell*"}
+    when: {count: 3, within: 60s, by: pod}
+    actions: [one, two]
+  - name: does-not
+    match: {rule: Shell in a pod}
+    actions: [two]
+`)
+	sub, err := b.broker.Conn().SubscribeSync(router.SubjectTail)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.router.Watch(time.Minute)
+	var ids []string
+	for i, rule := range []string{"Shell in a pod", "Shell on the host", "Shells"} {
+		priority := []string{"Critical", "Notice", "Critical"}[i] // of both lanes
+		a := b.store(fmt.Sprintf(`{"priority":%q,"rule":%q,"time":%q,"output_fields":{"k8s.ns.name":"shop","k8s.pod.name":"web"}}`,
+			priority, rule, time.Now().Format(time.RFC3339Nano)), broker.OriginFIFO)
+		ids = append(ids, a.ID)
+		m, err := sub.NextMsg(10 * time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := []string{
+			`"matched":[{"rule":"does-not","mode":"audit","steps":["two"]}],"waits":[{"rule":"waits","why":"1 of 3 within 1m on pod shop/web"}]}`,
+			`"waits":[{"rule":"waits","why":"2 of 3 within 1m on pod shop/web"}]}`,
+			`"matched":[{"rule":"waits","mode":"audit","steps":["one","two"]}]}`,
+		}[i]
+		if !strings.HasSuffix(string(m.Data), want) {
+			t.Errorf("verdict %s, want %s", m.Data, want)
+		}
+	}
+	if s := b.step(); s.Rule != "does-not" || len(s.Agreed) != 0 {
+		t.Errorf("the step of the rule that waits for nothing: %+v", s)
+	}
+	s := b.step()
+	if s.Rule != "waits" || s.Responder != "one" || s.AlertID != ids[2] || !slices.Equal(s.Agreed, ids) {
+		t.Errorf("the step of rule %s of alert %s: %v agreed, want %v", s.Rule, s.AlertID, s.Agreed, ids)
+	}
+	if n := s.Next(); !slices.Equal(n.Agreed, ids) || !slices.Equal(n.Outcome(broker.Done, "").Agreed, ids) {
+		t.Error("the next step of the chain, or its outcome, does not say who agreed")
 	}
 }
