@@ -116,6 +116,9 @@ func waitingLines(a responders.Approval) []string {
 	if a.Object != "" {
 		lines = append(lines, "acts on: "+a.Object)
 	}
+	if a.Changes != "" {
+		lines = append(lines, a.Changes)
+	}
 	if t := targetText(broker.Outcome{Target: a.Target}); t != "" {
 		lines = append(lines, "target: "+t)
 	}

@@ -24,9 +24,10 @@ type Approval struct {
 	Responder string           `json:"responder"`
 	Params    json.RawMessage  `json:"params,omitempty"`
 	Target    alert.Target     `json:"target,omitzero"`
-	Object    string           `json:"object,omitempty"` // what the step acts on, where that is not the target
-	Alert     json.RawMessage  `json:"alert,omitempty"`  // as Falco wrote it
-	Found     []broker.Finding `json:"found,omitempty"`  // by the steps before
+	Object    string           `json:"object,omitempty"`  // what the step acts on, where that is not the target
+	Changes   string           `json:"changes,omitempty"` // what it would change, as things were when it was asked for
+	Alert     json.RawMessage  `json:"alert,omitempty"`   // as Falco wrote it
+	Found     []broker.Finding `json:"found,omitempty"`   // by the steps before
 }
 
 // approval is what STATE holds of such a step, under approval.<step id>.
@@ -34,6 +35,7 @@ type approval struct {
 	Step    *broker.Step `json:"step"`
 	About   string       `json:"about"` // rule, responder and object
 	Object  string       `json:"object,omitempty"`
+	Changes string       `json:"changes,omitempty"`
 	Urgent  bool         `json:"urgent,omitempty"`
 	Asked   time.Time    `json:"asked"`
 	Expires time.Time    `json:"expires"`
@@ -45,6 +47,8 @@ const (
 	// approvalAgain is when it is tried again to end what expired, if the store
 	// refuses.
 	approvalAgain = 5 * time.Second
+	// changesMost bounds, in characters, what is told of what a step would change.
+	changesMost = 4000
 )
 
 // approvals are all of them.
@@ -215,6 +219,17 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 		return h.suppress("approval", refused)
 	}
 	defer h.approvals.give(s.ID)
+	if p, ok := r.act.(Previewer); ok {
+		previewing, cancel := h.deadline(ctx, r.Deadline)
+		res, err := p.Preview(previewing, req)
+		cancel()
+		if status, done := a.preview(res, err); done {
+			if err := h.approvals.end(context.WithoutCancel(ctx), s.ID); err != nil {
+				h.Log.Error("that nobody is asked about a step could not be stored", "step", s.ID, "error", err)
+			}
+			return status, a.Changes, 0
+		}
+	}
 	if err := h.approvals.state.Put(context.WithoutCancel(ctx), "approval."+s.ID, a, 0); err != nil {
 		h.Log.Error("a step that waits for approval could not be stored: a restart would forget it", "step", s.ID, "error", err)
 	}
@@ -227,6 +242,10 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 	if a.Object != "" {
 		o.Found["object"] = a.Object
 	}
+	if a.Changes != "" {
+		o.Found["changes"] = cut(a.Changes, 500)
+		what += " (" + o.Found["changes"] + ")"
+	}
 	if f, ok := r.act.(Foreseer); ok {
 		foreseeing, cancel := h.deadline(ctx, r.Deadline)
 		if err := f.Foresee(foreseeing, req); err != nil {
@@ -238,6 +257,21 @@ func (h *Host) approval(ctx context.Context, r *running, req *Request) (status b
 	h.record(o)
 	h.Tell("waits for approval", fmt.Sprintf("rule %s wants %s of %s; step %s %s", s.Rule, s.Responder, what, s.ID, reason))
 	return broker.AwaitingApproval, reason, 0
+}
+
+// preview keeps what a step would change. When that is nothing, or can't be done, the
+// step ends with the status, and the reason in Changes; when it is not known, a person
+// is told so and asked even so.
+func (a *approval) preview(res Result, err error) (status broker.Status, done bool) {
+	if err == nil {
+		a.Changes = cut(res.Reason, changesMost)
+		return broker.Nothing, res.Nothing
+	}
+	status, retry, _, reason := classify(err)
+	if a.Changes = cut(reason, changesMost); retry {
+		a.Changes = "what it would change is not known: " + a.Changes
+	}
+	return status, !retry
 }
 
 // cut shows the beginning of a text that an attacker may have written.
@@ -264,7 +298,7 @@ func (h *Host) Approvals() []Approval {
 		r := a.byID[id]
 		out = append(out, Approval{
 			ID: id, Asked: r.Asked, Expires: r.Expires, Rule: r.Step.Rule, Responder: r.Step.Responder,
-			Params: r.Step.Params, Target: r.Step.Target, Object: r.Object, Alert: r.Step.Alert, Found: r.Step.Found,
+			Params: r.Step.Params, Target: r.Step.Target, Object: r.Object, Changes: r.Changes, Alert: r.Step.Alert, Found: r.Step.Found,
 		})
 	}
 	return out

@@ -94,6 +94,17 @@ func created(resource, namespace, name string, more ...string) map[string]string
 // ask has an event answered that came when it says; empty fields are left out.
 func (a *answerer) ask(params string, fields map[string]string, at time.Time) (responders.Result, error) {
 	a.t.Helper()
+	r := a.request(params, fields, at)
+	// As the host does.
+	if err := a.responder.(responders.Checker).Check(a.t.Context(), r); err != nil {
+		return responders.Result{}, err
+	}
+	return a.responder.Act(a.t.Context(), r)
+}
+
+// request is a step about an event.
+func (a *answerer) request(params string, fields map[string]string, at time.Time) *responders.Request {
+	a.t.Helper()
 	fields = maps.Clone(fields)
 	maps.DeleteFunc(fields, func(_, v string) bool { return v == "" })
 	line, err := json.Marshal(map[string]any{
@@ -114,11 +125,7 @@ func (a *answerer) ask(params string, fields map[string]string, at time.Time) (r
 		Target: al.Target(), Pod: a.pod, Intended: a.intended,
 	}
 	responders.OnIntend(r, func(undo json.RawMessage) { a.intended = undo })
-	// As the host does.
-	if err := a.responder.(responders.Checker).Check(a.t.Context(), r); err != nil {
-		return responders.Result{}, err
-	}
-	return a.responder.Act(a.t.Context(), r)
+	return r
 }
 
 // undo takes a step back.

@@ -89,6 +89,9 @@ type nodeDrainer struct {
 	again     time.Duration
 }
 
+// Foresee implements [Foreseer].
+func (d *nodeDrainer) Foresee(ctx context.Context, _ *Request) error { return d.acts.foresee(ctx) }
+
 // drain is a drain under way.
 type drain struct {
 	*nodeDrainer

@@ -240,6 +240,10 @@ func TestNodeActsNameThoseThatAreOut(t *testing.T) {
 		if status, _, _, reason := responders.Classify(err); status != broker.Refused || !strings.Contains(reason, "these are already: node-007") {
 			t.Errorf("%s: status %s (%s)", what, status, reason)
 		}
+		err = b.responder(what).(responders.Foreseer).Foresee(t.Context(), b.request(what, "s2", params))
+		if status, _, _, reason := responders.Classify(err); status != broker.Refused || !strings.Contains(reason, "these are already: node-007") {
+			t.Errorf("%s: foreseen is status %s (%s)", what, status, reason)
+		}
 		if now := b.now(); now.Spec.Unschedulable || len(now.Spec.Taints) > 0 || len(now.Annotations) > 0 {
 			t.Errorf("%s: the node is %+v", what, now)
 		}
@@ -252,6 +256,14 @@ func TestNodeActsNameThoseThatAreOut(t *testing.T) {
 	refused("taint-node", "effect: NoExecute")
 	refused("taint-node", "effect: NoSchedule")
 	// This one keeps no pod off.
+	foreseen := func(s *nodeStoop, what, params string) {
+		t.Helper()
+		if err := s.responder(what).(responders.Foreseer).Foresee(t.Context(), s.request(what, "s3", params)); err != nil {
+			t.Errorf("%s on %s: foreseen is %v", what, s.node, err)
+		}
+	}
+	foreseen(b, "taint-node", "effect: PreferNoSchedule")
+	foreseen(a, "taint-node", "effect: NoExecute")
 	soft := b.must("taint-node", "s3", "effect: PreferNoSchedule")
 	// The node's own steps don't count against it.
 	if res := a.must("taint-node", "s4", "effect: NoExecute"); res.Nothing {

@@ -61,6 +61,14 @@ type Foreseer interface {
 	Foresee(ctx context.Context, r *Request) error
 }
 
+// Previewer is a Responder whose target says too little of what a step of it changes.
+// Who is asked to approve the step is shown the reason that Preview returns: what would
+// change, as things are now. When nothing would, or it refuses, nobody is asked. Like
+// Check it touches nothing.
+type Previewer interface {
+	Preview(ctx context.Context, r *Request) (Result, error)
+}
+
 // Particular is a Responder that acts on less than the [Object] of its entry: one
 // file, one address. The cooldown counts by what it returns, which an attacker
 // may have chosen.

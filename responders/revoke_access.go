@@ -26,7 +26,8 @@ func revokeAccess() Entry {
 	return Entry{
 		Name: "revoke-access",
 		Doc:  "Takes rights away: deletes the RoleBinding or ClusterRoleBinding that a Kubernetes audit event names, or those of the service account of the pod that raised the alert.",
-		Notes: `It waits for a person's approval unless the rule says approve: false.
+		Notes: `It waits for a person's approval unless the rule says approve: false. Who is asked is
+shown the bindings that would go; what they are when it is approved is what goes.
 
 With from: alert it is for alerts of the source k8s_audit on rolebindings and
 clusterrolebindings. What proves that the binding is the one meant is the same as for
@@ -276,6 +277,87 @@ func accountOf(r *Request) string {
 	return "default"
 }
 
+// affected is whose access a step revokes, and by which bindings.
+type affected struct {
+	who    string
+	list   []revocable
+	notes  []string // what is left
+	beyond int      // more bindings than one step revokes
+}
+
+// find looks for what is to be revoked, now.
+func (a *accessRevoker) find(ctx context.Context, r *Request, params revokeAccessParams, made bool, before revocation) (f affected, err error) {
+	if params.From == "pod" {
+		f.who = fmt.Sprintf("service account %s/%s", r.Pod.Namespace, accountOf(r))
+		f.list, f.notes, f.beyond, err = a.ofPod(ctx, r, params)
+	} else {
+		f.who = describe(r.Target)
+		f.list, err = a.ofAlert(ctx, r, made, before)
+		if isGone(err) && len(before.Revoked) > 0 {
+			err = nil // by that try
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("revoke access, %s: %w", f.who, err)
+	}
+	return f, err
+}
+
+// nothing is the result where there is nothing to revoke.
+func (f *affected) nothing() Result {
+	return Result{Nothing: true, Reason: f.who + " has no binding that could be taken from it" + said(f.notes)}
+}
+
+// Preview names the bindings that would go.
+func (a *accessRevoker) Preview(ctx context.Context, r *Request) (Result, error) {
+	params, made, err := a.wanted(r)
+	if err != nil {
+		return Result{}, err
+	}
+	f, err := a.find(ctx, r, params, made, revocation{})
+	if err != nil {
+		return Result{}, err
+	}
+	if len(f.list) == 0 {
+		return f.nothing(), nil
+	}
+	const most = 20
+	var goes []string
+	for i := range f.list {
+		if i == most {
+			goes = append(goes, fmt.Sprintf("%d more", len(f.list)-most+f.beyond))
+			break
+		}
+		goes = append(goes, f.list[i].loses())
+	}
+	return Result{Reason: "would revoke: " + strings.Join(goes, "; ") + said(f.notes)}, nil
+}
+
+// loses says what becomes of a binding. Its names may hold what their maker liked.
+func (b *revocable) loses() string {
+	const most = 5
+	var names []string
+	for i, s := range b.gone {
+		if i == most {
+			names = append(names, fmt.Sprintf("%d more", len(b.gone)-most))
+			break
+		}
+		name := s.Name
+		if s.Namespace != "" {
+			name = s.Namespace + "/" + name
+		}
+		names = append(names, s.Kind+" "+oneLine(name, 100))
+	}
+	what := fmt.Sprintf("%s (%s %s)", oneLine(b.String(), 200), b.RoleRef.Kind, oneLine(b.RoleRef.Name, 100))
+	if len(names) > 0 {
+		what += " from " + strings.Join(names, ", ")
+	}
+	if n := len(b.stay); n > 0 {
+		what += fmt.Sprintf(", %d others keep it", n)
+	}
+	return what
+}
+
 func (a *accessRevoker) Act(ctx context.Context, r *Request) (Result, error) {
 	params, made, err := a.wanted(r)
 	if err != nil {
@@ -285,34 +367,22 @@ func (a *accessRevoker) Act(ctx context.Context, r *Request) (Result, error) {
 	if json.Unmarshal(r.Intended, &before) != nil {
 		before = revocation{}
 	}
-	var list []revocable
-	var notes []string
-	beyond := 0
-	who := describe(r.Target)
-	if params.From == "pod" {
-		who = fmt.Sprintf("service account %s/%s", r.Pod.Namespace, accountOf(r))
-		list, notes, beyond, err = a.ofPod(ctx, r, params)
-	} else {
-		list, err = a.ofAlert(ctx, r, made, before)
-		if isGone(err) && len(before.Revoked) > 0 {
-			err = nil // by that try
-		}
-	}
+	f, err := a.find(ctx, r, params, made, before)
 	if err != nil {
-		return Result{}, fmt.Errorf("revoke access, %s: %w", who, err)
+		return Result{}, err
 	}
-	done, again := a.before(before, list)
-	if len(list) == 0 && len(done) == 0 {
-		return Result{Nothing: true, Reason: who + " has no binding that could be taken from it" + said(notes)}, nil
+	done, again := a.before(before, f.list)
+	if len(f.list) == 0 && len(done) == 0 {
+		return f.nothing(), nil
 	}
-	res, err := a.revoke(ctx, r, params, list, revocation{done, before.Evidence}, again, notes)
-	if beyond > 0 && err == nil {
+	res, err := a.revoke(ctx, r, params, f.list, revocation{done, before.Evidence}, again, f.notes)
+	if f.beyond > 0 && err == nil {
 		// Whoever may make bindings in a namespace of his could otherwise have none
 		// of them revoked.
-		err = fmt.Errorf("%d more bindings of it stand, since a step revokes at most %d; %s", beyond, revokeMost, res.Reason)
+		err = fmt.Errorf("%d more bindings of it stand, since a step revokes at most %d; %s", f.beyond, revokeMost, res.Reason)
 	}
 	if err != nil {
-		err = fmt.Errorf("revoke access, %s: %w", who, err)
+		err = fmt.Errorf("revoke access, %s: %w", f.who, err)
 	}
 	return res, err
 }

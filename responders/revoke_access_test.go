@@ -323,3 +323,53 @@ func TestRevokeAccessAmongVeryManyBindings(t *testing.T) {
 		t.Error("it can't be taken back")
 	}
 }
+
+// Who is asked is told which bindings would go, and nothing goes by that.
+func TestRevokeAccessIsPreviewed(t *testing.T) {
+	web := subject("ServiceAccount", "shop/web")
+	a := newAnswerer(t, "revoke-access")
+	pod := map[string]string{"container.id": "0123456789ab"}
+	preview := func(params string, fields map[string]string) (responders.Result, error) {
+		t.Helper()
+		return a.responder.(responders.Previewer).Preview(t.Context(), a.request(params, fields, time.Now()))
+	}
+	if res, err := preview("{from: pod}", pod); err != nil || !res.Nothing || !strings.Contains(res.Reason, "has no binding") {
+		t.Errorf("of nothing: %+v, %v", res, err)
+	}
+	a.bind("shop", "alone\x1b[31m\nnot", "edit", web)
+	a.bind("shop", "shared", "view", mallory, web)
+	a.bind("", "system:one", "view", web)
+	res, err := preview("{from: pod}", pod)
+	if err != nil || res.Nothing {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	for _, says := range []string{
+		"rolebinding shop/alone [31m not (ClusterRole edit) from ServiceAccount shop/web", "rolebinding shop/shared (ClusterRole view) from ServiceAccount shop/web, 1 others keep it",
+		"clusterrolebinding system:one is the cluster's own",
+	} {
+		if !strings.Contains(res.Reason, says) {
+			t.Errorf("it is not said that %q: %s", says, res.Reason)
+		}
+	}
+	if len(a.subjects("shop", "shared")) != 2 || a.intended != nil {
+		t.Errorf("the preview did something: %s", a.intended)
+	}
+	for i := range 30 {
+		a.bind("shop", fmt.Sprintf("more-%02d", i), "edit", web)
+	}
+	if res, err = preview("{from: pod}", pod); err != nil || !strings.Contains(res.Reason, "; 12 more") || strings.Contains(res.Reason, "more-29") {
+		t.Errorf("of many: %+v, %v", res, err)
+	}
+
+	a.bind("", "evil", "cluster-admin", mallory)
+	res, err = preview("", created("clusterrolebindings", "", "evil"))
+	if err != nil || res.Reason != "would revoke: clusterrolebinding evil (ClusterRole cluster-admin) from User mallory" {
+		t.Errorf("of the alert's: %+v, %v", res, err)
+	}
+	a.bind("", "ours", "view", subject("ServiceAccount", "security/stoop"))
+	for _, name := range []string{"ours", "gone"} {
+		if res, err = preview("", created("clusterrolebindings", "", name)); err == nil {
+			t.Errorf("of %s: %+v", name, res)
+		}
+	}
+}

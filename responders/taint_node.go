@@ -92,6 +92,18 @@ type nodeTainter struct {
 	self Self
 }
 
+// Foresee implements [Foreseer].
+func (t *nodeTainter) Foresee(ctx context.Context, r *Request) error {
+	params := taintNodeDefaults()
+	if err := r.Decode(&params); err != nil {
+		return Refuse("%v", err)
+	}
+	if params.taint().Effect == corev1.TaintEffectPreferNoSchedule {
+		return nil // it keeps no pod off, and is not counted
+	}
+	return t.acts.foresee(ctx)
+}
+
 func (t *nodeTainter) Act(ctx context.Context, r *Request) (Result, error) {
 	params := taintNodeDefaults()
 	if err := r.Decode(&params); err != nil {
