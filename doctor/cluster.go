@@ -280,9 +280,16 @@ func lookNetwork(ctx context.Context, e *Examination) []Finding {
 	}
 	seen, blind := e.plugins(ctx)
 	var out []Finding
-	enforced := false
+	enforced, running := false, false
+	var served []string
 	for _, s := range seen {
 		enforced = enforced || s.enforces
+		running = running || !s.served
+		served = append(served, s.name)
+	}
+	if len(seen) > 1 && !running {
+		// Definitions stay when what they were for has gone.
+		return []Finding{unknown(try, "the cluster serves the API groups of %s, and which of them is its network plugin can't be told: %s", strings.Join(served, ", "), strings.Join(blind, "; "))}
 	}
 	for _, s := range seen {
 		what := fmt.Sprintf("%s (%s) %s", s.name, s.how, s.does)
@@ -301,7 +308,8 @@ func lookNetwork(ctx context.Context, e *Examination) []Finding {
 
 type seenPlugin struct {
 	plugin
-	how string
+	how    string
+	served bool // nothing but its API groups is to be seen
 }
 
 // plugins are those of which something is to be seen, and what could not be looked
@@ -331,11 +339,11 @@ func (e *Examination) plugins(ctx context.Context) (seen []seenPlugin, blind []s
 	}
 	for _, p := range plugins() {
 		if s, is := both(p.daemonSets, sets); is {
-			seen = append(seen, seenPlugin{p, "its DaemonSet " + s + " runs"})
+			seen = append(seen, seenPlugin{p, "its DaemonSet " + s + " is there", false})
 		} else if s, is := both(p.types, types); is {
-			seen = append(seen, seenPlugin{p, "this machine's configuration names " + s})
+			seen = append(seen, seenPlugin{p, "this machine's configuration names " + s, false})
 		} else if s, is := both(p.groups, groups); is {
-			seen = append(seen, seenPlugin{p, "the cluster serves " + s})
+			seen = append(seen, seenPlugin{p, "as the cluster serves " + s, true})
 		}
 	}
 	if len(blind) == 0 && len(seen) == 0 {
