@@ -102,8 +102,8 @@ func TestKilledWhileCounting(t *testing.T) {
 	fired := map[string]*broker.Step{}
 	for in := bufio.NewScanner(f); in.Scan(); {
 		s := &broker.Step{}
-		if err := json.Unmarshal(in.Bytes(), s); err != nil {
-			t.Fatal(err)
+		if json.Unmarshal(in.Bytes(), s) != nil {
+			continue // the process was killed while it wrote that: it comes again
 		}
 		if was := fired[s.ID]; was != nil && !slices.Equal(was.Agreed, s.Agreed) {
 			t.Errorf("step %s of alerts %v came again, of %v", s.ID, was.Agreed, s.Agreed)
@@ -174,7 +174,7 @@ func TestToBeKilled(t *testing.T) {
 	running.Go(func() {
 		_ = b.ConsumeSteps(ctx, "one", 8, func(_ context.Context, d *broker.Delivery) {
 			data, _ := json.Marshal(d.Step)
-			if _, err := out.Write(append(data, '\n')); err != nil {
+			if _, err := fmt.Fprintf(out, "\n%s\n", data); err != nil {
 				t.Error(err)
 			}
 			_ = d.Ack()
