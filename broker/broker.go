@@ -89,15 +89,14 @@ type Broker struct {
 		inbox string
 	}
 
-	lanes    [2]*lane // urgent, other
-	seen     map[string]struct{}
-	queues   queues
-	underway underway
-	sound    context.Context // ends when the store has failed, its cause says why
-	fail     context.CancelCauseFunc
-	state    *State
-	journal  journal
-	closed   sync.Once
+	lanes   [2]*lane // urgent, other
+	seen    map[string]struct{}
+	queues  queues
+	sound   context.Context // ends when the store has failed, its cause says why
+	fail    context.CancelCauseFunc
+	state   *State
+	journal journal
+	closed  sync.Once
 
 	keeping     sync.WaitGroup
 	stopKeeping context.CancelFunc

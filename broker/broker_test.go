@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -521,4 +523,71 @@ func TestStoppedWhileItBeginsIsNoFault(t *testing.T) {
 		}
 		cancel()
 	}
+}
+
+// The stream is what counts: also what this process never heard was stored is
+// routed, in its place.
+func TestWhatWasStoredWithoutAWordIsRouted(t *testing.T) {
+	b := brokertest.New(t)
+	var other ids
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
+	first, unheard, last := arrival(t, 1, "Warning"), arrival(t, 2, "Warning"), arrival(t, 3, "Warning")
+	store(t, b, first)
+	if err := b.Conn().PublishMsg(&nats.Msg{
+		Subject: unheard.Alert.Subject(), Data: unheard.Alert.Raw, Header: nats.Header{broker.HeaderID: {unheard.Alert.ID}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Conn().Flush(); err != nil {
+		t.Fatal(err)
+	}
+	store(t, b, last)
+	eventually(t, "all routed", func() bool { return other.len() >= 3 && b.Unrouted() == 0 })
+	if got, want := strings.Join(other.got, " "), first.Alert.ID+" "+unheard.Alert.ID+" "+last.Alert.ID; got != want {
+		t.Errorf("routed %s, want %s", got, want)
+	}
+}
+
+// More than is held in memory for a router that is slow is read from the stream.
+func TestWhatIsNotHeldIsRead(t *testing.T) {
+	b := brokertest.New(t)
+	const n = 12_000
+	want := make([]string, 0, n)
+	for i := 0; i < n; i += 500 {
+		batch := make([]broker.Arrival, 500)
+		for j := range batch {
+			batch[j] = arrival(t, i+j, "Debug")
+			want = append(want, batch[j].Alert.ID)
+		}
+		store(t, b, batch...)
+	}
+	var other ids
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
+	eventually(t, "all routed", func() bool { return b.Unrouted() == 0 })
+	if !slices.Equal(other.got, want) {
+		t.Errorf("%d were routed, of %d, or in another order", len(other.got), n)
+	}
+}
+
+// A stream that was made anew under the position of another loses none.
+func TestAStreamThatWasMadeAnew(t *testing.T) {
+	dir := t.TempDir()
+	b := brokertest.Open(t, broker.Config{Dir: dir})
+	var other ids
+	stop := start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
+	store(t, b, arrival(t, 1, "Warning"), arrival(t, 2, "Warning"))
+	eventually(t, "all routed", func() bool { return b.Unrouted() == 0 })
+	stop()
+	b.Close()
+	folders, err := filepath.Glob(dir + "/store/jetstream/*/streams/" + broker.StreamAlerts)
+	if err != nil || len(folders) != 1 {
+		t.Fatalf("the stream's folders are %v, error %v", folders, err)
+	}
+	if err := os.RemoveAll(folders[0]); err != nil {
+		t.Fatal(err)
+	}
+	b = brokertest.Open(t, broker.Config{Dir: dir})
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
+	store(t, b, arrival(t, 3, "Warning"))
+	eventually(t, "the new one is routed", func() bool { return other.len() == 3 && b.Unrouted() == 0 })
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -96,12 +97,12 @@ func (s *State) Probe(ctx context.Context) error {
 	return s.put(ctx, "probe", []byte("{}"), 0)
 }
 
-// Dump is every key with its value, but for the journal's head: that is the store's
-// own.
+// Dump is every key with its value, but for the journal's head and the router's
+// positions: those are the store's own.
 func (s *State) Dump(ctx context.Context) (map[string][]byte, error) {
 	all := map[string][]byte{}
 	err := s.Each(ctx, ">", func(key string, value []byte, _ time.Time) error {
-		if key != keyJournal {
+		if key != keyJournal && !strings.HasPrefix(key, keyRouter("")) {
 			all[key] = value
 		}
 		return nil

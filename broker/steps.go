@@ -30,6 +30,8 @@ func StepSubject(responder, id string) string { return "stoop.actions." + respon
 func OutcomeSubject(responder string) string { return "stoop.outcomes." + responder }
 
 const (
+	// pullExpiry bounds how long a pull that got lost can hold a consumer up.
+	pullExpiry = 5 * time.Second
 	// redeliverAfter is when a step that nobody holds any more is given
 	// again; who works on one says so every keepEvery.
 	redeliverAfter = 10 * time.Second
@@ -358,6 +360,35 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 			}
 		})
 	}
+}
+
+// consumer makes a durable consumer, or takes the one that is there over. What
+// an earlier process had been given and not acknowledged is given again at
+// once: the process is gone, there is nothing to wait for.
+func (b *Broker) consumer(ctx context.Context, js jetstream.JetStream, stream string, cfg jetstream.ConsumerConfig) (jetstream.Consumer, error) {
+	if c, err := js.Consumer(ctx, stream, cfg.Durable); err == nil {
+		was := c.CachedInfo()
+		cfg.DeliverPolicy = was.Config.DeliverPolicy // can't be changed
+		if was.NumAckPending == 0 && was.Config.AckWait == cfg.AckWait {
+			return c, nil
+		}
+		hurry := cfg
+		hurry.AckWait = time.Millisecond
+		if _, err := js.CreateOrUpdateConsumer(ctx, stream, hurry); err != nil {
+			return nil, fmt.Errorf("consumer %s of %s: %w", cfg.Durable, stream, err)
+		}
+		// The server looks at its pending messages 100 ms after AckWait
+		// changed (nats-server, consumer.updateConfig).
+		select {
+		case <-time.After(150 * time.Millisecond):
+		case <-ctx.Done():
+		}
+	}
+	c, err := js.CreateOrUpdateConsumer(ctx, stream, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("consumer %s of %s: %w", cfg.Durable, stream, err)
+	}
+	return c, nil
 }
 
 // UnfinishedSteps are the steps that nobody may have ended: what a store that is

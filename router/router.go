@@ -144,7 +144,7 @@ func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
 	if Waiting(matched) {
 		agreements = r.counts.Add(Arrived{
 			Alert: a, Target: target, Origin: s.Origin, Received: s.Received, Now: time.Now(),
-			Urgent: s.Urgent, Seq: s.Seq, Again: s.Again,
+			Urgent: s.Urgent, Seq: s.Seq,
 		}, matched)
 	}
 	if time.Now().UnixNano() < r.watched.Load() {

@@ -193,7 +193,6 @@ type Arrived struct {
 	// Where it stands in the stream; with Seq 0 it is of none.
 	Urgent bool
 	Seq    uint64
-	Again  bool
 }
 
 // Agreement is whether as many alerts agree as a rule waits for.
@@ -258,7 +257,7 @@ func (c *Counts) add(in *Arrived, lane int, r *rules.Rule) Agreement {
 	}
 	about := " " + aboutKey(w.By, key)
 	t := sh.targets[key]
-	again := in.Seq > 0 && (in.Seq <= sh.until[lane] || in.Again && in.Seq <= c.at[lane])
+	again := in.Seq > 0 && in.Seq <= sh.until[lane]
 	if !again && t != nil {
 		again = slices.Contains(t.spent, id) || slices.ContainsFunc(t.seen, func(s seen) bool { return s.id == id })
 	}
