@@ -33,6 +33,10 @@ rules:
   - name: isolate
     match: {rule: Test isolate}
     actions: [isolate-pod]
+  - name: isolate-after-three
+    match: {rule: Test count}
+    when: {count: 3, within: 60s, by: pod}
+    actions: [isolate-pod]
   - name: keep
     match: {rule: Test noise}
     actions:
@@ -137,7 +141,7 @@ func kind(rule string) []string {
 		return []string{"delete-pod"}
 	case "Test chain":
 		return []string{"isolate-pod", "delete-pod"}
-	case "Test isolate":
+	case "Test isolate", "Test count":
 		return []string{"isolate-pod"}
 	}
 	return []string{"file"}
@@ -242,6 +246,7 @@ func TestKilledAtFailPoints(t *testing.T) {
 	for _, point := range []string{
 		"pipe.after-store",
 		"router.before-publish", "router.after-publish",
+		"router.before-keep", "router.after-keep",
 		"host.before-intent", "host.after-intent", "host.after-act",
 		"host.after-result", "host.after-next", "host.before-ack",
 	} {
@@ -257,6 +262,12 @@ func TestKilledAtFailPoints(t *testing.T) {
 				pod := w.pod(t, fmt.Sprintf("pod-%d", i))
 				expected = append(expected, expectation{s.Send(program.Critical(rule, pod)), pod, kind(rule)})
 			}
+			// Of these three one step follows, of the last.
+			pod := w.pod(t, "pod-of-three")
+			for range 2 {
+				s.Send(program.Critical("Test count", pod))
+			}
+			expected = append(expected, expectation{s.Send(program.Critical("Test count", pod)), pod, kind("Test count")})
 			var exit *exec.ExitError
 			if err := s.Process().Wait(soon); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 				t.Fatalf("stoop did not die at %s: %v", point, err)
