@@ -42,7 +42,7 @@ e2e-node: ## on a real node with real pods, as root: frozen, cut off and dead af
 	cd e2e && $(GO) run ./node $(if $(WRITE),-write ../docs/performance.md)
 
 e2e-host: ## on a host with a real systemd, as root: install, upgrade under load, remove
-	cd e2e && $(GO) run ./host
+	cd e2e && E2E_HOST=1 $(GO) test -count=1 -timeout 30m -v ./host
 
 bench: ## the figures of docs/performance.md, measured here
 	$(GO) test -run '^$$' -bench . -benchtime 2s ./alert ./pipe ./rules ./cli
