@@ -130,6 +130,11 @@ func (p *program) examined(c *Config, rulesFile string) (doctor.Config, error) {
 		Dates:   &doctor.Dates{},
 		Running: func(ctx context.Context) (doctor.Running, error) { return askStatus(ctx, c.Data) },
 	}
+	for _, path := range []string{c.Source.HTTP.TokenFile, c.Source.HTTP.Cert, c.Source.HTTP.Key, c.Source.HTTP.ClientCA} {
+		if path != "" && c.Source.HTTP.Listen != "" {
+			d.Source.HTTPFiles = append(d.Source.HTTPFiles, path)
+		}
+	}
 	rc, self, err := c.reach()
 	switch {
 	case err != nil:

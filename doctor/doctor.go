@@ -43,7 +43,7 @@ type Check struct {
 
 // Checks are all there are, in the order of an alert's way.
 func Checks() []Check {
-	const disk, net = 5 * time.Second, 20 * time.Second
+	const disk, net = 5 * time.Second, 15 * time.Second
 	return []Check{
 		{"stoop", "whether one runs on the data folder, whether it is ready, its mode, its rules, its last alert", disk, lookStoop},
 		{"rules", "whether the rules can be read, and what is doubtful about them", disk, lookRules},
@@ -70,7 +70,8 @@ func Names(checks []Check) []string {
 
 // Source is where the configuration has alerts come from.
 type Source struct {
-	Pipe, File, HTTP string // paths, host:port
+	Pipe, File, HTTP string   // paths, host:port
+	HTTPFiles        []string // that its listener needs
 	Stdin            bool
 }
 

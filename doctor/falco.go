@@ -49,15 +49,7 @@ const (
 // findFalco reads the configuration of the Falco that runs, or that is installed.
 func (e *Examination) findFalco(ctx context.Context) *falco {
 	f := &falco{file: e.Falco}
-	for _, p := range e.processes().all {
-		switch {
-		case p.name != "falco":
-		case f.process == nil:
-			f.process = p
-		default:
-			f.others++
-		}
-	}
+	f.process, f.others = e.processes().falco()
 	var options []string
 	if p := f.process; p != nil && e.Falco == "" {
 		base := filepath.Join(e.proc, strconv.Itoa(p.pid))
@@ -89,6 +81,30 @@ func (e *Examination) findFalco(ctx context.Context) *falco {
 		f.version, f.from = f.ask(ctx, e.proc)
 	}
 	return f
+}
+
+// falco is the process of that name which is most likely to be the one: anybody's may
+// be called so.
+func (ps *processes) falco() (best *process, others int) {
+	rank := func(p *process) int {
+		switch {
+		case len(p.opens) > 0:
+			return 2
+		case p.uid == 0:
+			return 1
+		}
+		return 0
+	}
+	n := 0
+	for _, p := range ps.all {
+		if p.name != "falco" {
+			continue
+		}
+		if n++; best == nil || rank(p) > rank(best) {
+			best = p
+		}
+	}
+	return best, max(n-1, 0)
 }
 
 // arguments takes in those of Falco's command line; the options -o are returned.

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -21,8 +20,8 @@ type process struct {
 	pid      int
 	name     string // what it calls itself
 	args     []string
-	uid      uint32
-	gid      uint32
+	uid      uint32   // effective
+	groups   []uint32 // all of them
 	opens    []opened
 	pipeLink string // where a descriptor of Falco's points that bears the FIFO's name, and is none of it
 }
@@ -61,7 +60,7 @@ func identify(path string) (fileID, error) {
 type processes struct {
 	all    []*process
 	unseen int  // whose open files can't be looked at
-	inside bool // stoop sees only processes of its own container
+	inside bool // stoop sees only processes of its own pod
 	partly bool // there were too many to look at all of them in time
 }
 
@@ -72,7 +71,7 @@ func (p *processes) seen() bool { return p.unseen == 0 && !p.inside && !p.partly
 func (p *processes) why() string {
 	switch {
 	case p.inside:
-		return "only processes of stoop's own container can be seen"
+		return "only processes of its own pod can be seen"
 	case p.unseen > 0:
 		return fmt.Sprintf("the open files of %d processes can't be seen", p.unseen)
 	}
@@ -100,9 +99,9 @@ const initialPID = "pid:[4026531836]"
 func (e *Examination) lookAround(ctx context.Context) *processes {
 	ps := &processes{}
 	if ns, _ := os.Readlink(filepath.Join(e.proc, "self/ns/pid")); ns != initialPID {
-		// A namespace of its own: process 1 is the container's, unless it is a
-		// machine's in a machine.
-		ps.inside = e.own1()
+		// A container's, unless a machine's own first process runs in it.
+		first := strings.TrimSpace(string(head(filepath.Join(e.proc, "1/comm"), 64)))
+		ps.inside = first != "systemd" && first != "init"
 	}
 	wanted := map[fileID]bool{}
 	for _, path := range []string{e.Source.Pipe, e.Source.File, filepath.Join(e.Data, "run.lock"), filepath.Join(e.Data, broker.SocketName)} {
@@ -129,29 +128,11 @@ func (e *Examination) lookAround(ctx context.Context) *processes {
 	return ps
 }
 
-// own1 reports whether process 1 is of the same container as this one, or can't be
-// seen.
-func (e *Examination) own1() bool {
-	own, err := os.ReadFile(filepath.Join(e.proc, "self/cgroup"))
-	if err != nil {
-		return true
-	}
-	first, err := os.ReadFile(filepath.Join(e.proc, "1/cgroup"))
-	return err != nil || bytes.Equal(own, first) && !bytes.Contains(own, []byte("init.scope"))
-}
-
 func (e *Examination) lookAt(ps *processes, pid int, wanted map[fileID]bool) {
 	base := filepath.Join(e.proc, strconv.Itoa(pid))
-	info, err := os.Stat(base)
-	if err != nil {
-		return // it has ended
-	}
 	p := &process{pid: pid, name: strings.TrimSuffix(string(head(filepath.Join(base, "comm"), 64)), "\n")}
-	if st, is := info.Sys().(*syscall.Stat_t); is {
-		p.uid, p.gid = st.Uid, st.Gid
-	}
 	if p.name == "" {
-		return
+		return // it has ended
 	}
 	fds, err := os.ReadDir(filepath.Join(base, "fd"))
 	if err != nil && !os.IsNotExist(err) {
@@ -178,7 +159,29 @@ func (e *Examination) lookAt(ps *processes, pid int, wanted map[fileID]bool) {
 	for arg := range bytes.SplitSeq(bytes.TrimSuffix(head(filepath.Join(base, "cmdline"), 16<<10), []byte{0}), []byte{0}) {
 		p.args = append(p.args, string(arg))
 	}
+	p.credentials(filepath.Join(base, "status"))
 	ps.all = append(ps.all, p)
+}
+
+// credentials reads as whom the process runs.
+func (p *process) credentials(status string) {
+	for line := range strings.Lines(string(head(status, 64<<10))) {
+		name, values, _ := strings.Cut(line, ":")
+		var ids []uint32
+		for _, v := range strings.Fields(values) {
+			if id, err := strconv.ParseUint(v, 10, 32); err == nil {
+				ids = append(ids, uint32(id))
+			}
+		}
+		switch {
+		case name == "Uid" && len(ids) == 4:
+			p.uid = ids[1]
+		case name == "Gid" && len(ids) == 4:
+			p.groups = append(p.groups, ids[1])
+		case name == "Groups":
+			p.groups = append(p.groups, ids...)
+		}
+	}
 }
 
 // openFlags are those that a file was opened with, from /proc/PID/fdinfo; opened for

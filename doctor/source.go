@@ -27,7 +27,7 @@ func lookSource(_ context.Context, e *Examination) []Finding {
 		out = append(out, e.lookFile())
 	}
 	if e.Source.HTTP != "" {
-		out = append(out, ok("alerts come by HTTP at %s; whether stoop listens there, the check stoop tells", e.Source.HTTP))
+		out = append(out, e.lookHTTP()...)
 	}
 	if e.Source.Stdin {
 		out = append(out, ok("alerts come on standard input: they are lost, or stall Falco, while stoop restarts"))
@@ -139,7 +139,7 @@ func owner(info os.FileInfo) uint32 {
 }
 
 // writable reports whether a process may open the FIFO for writing, by the user and
-// the group that it runs as.
+// the groups that it runs as.
 func writable(info os.FileInfo, p *process) bool {
 	st, is := info.Sys().(*syscall.Stat_t)
 	switch mode := info.Mode().Perm(); {
@@ -147,11 +147,22 @@ func writable(info os.FileInfo, p *process) bool {
 		return true
 	case p.uid == st.Uid:
 		return mode&0o200 != 0
-	case p.gid == st.Gid:
+	case slices.Contains(p.groups, st.Gid):
 		return mode&0o020 != 0
 	default:
 		return mode&0o002 != 0
 	}
+}
+
+// lookHTTP looks at what the listener needs; whether it listens, stoop itself tells.
+func (e *Examination) lookHTTP() []Finding {
+	var out []Finding
+	for _, path := range e.Source.HTTPFiles {
+		if err := unix.Faccessat(unix.AT_FDCWD, path, unix.R_OK, unix.AT_EACCESS); err != nil {
+			out = append(out, missing("make it, for stoop's user to read", "%s, of source.http, can't be read: %v", path, err))
+		}
+	}
+	return append([]Finding{ok("alerts come by HTTP at %s", e.Source.HTTP)}, out...)
 }
 
 func (e *Examination) lookFile() Finding {

@@ -154,3 +154,76 @@ func TestStoop(t *testing.T) {
 	running.LastAlert = nil
 	has(t, examine(t, c, "stoop"), Warning, "no alert yet")
 }
+
+func TestHTTP(t *testing.T) {
+	c := config(t)
+	c.Source.HTTP = "127.0.0.1:2801"
+	token := filepath.Join(t.TempDir(), "token")
+	c.Source.HTTPFiles = []string{token}
+	has(t, examine(t, c, "source"), Missing, token, "no such file")
+	write(t, token, "secret")
+	none(t, examine(t, c, "source"), Missing)
+
+	c.FalcoVersion, c.Falco = "0.44.1", write(t, filepath.Join(t.TempDir(), "falco.yaml"), strings.Replace(fmt.Sprintf(good, "/x"), "file_output", "http_output: {enabled: true, url: 'http://falco:SECRET@127.0.0.1:2801/'}\nfile_output", 1))
+	found := examine(t, c, "falco")
+	has(t, found, OK, "http_output to 127.0.0.1:2801")
+	c.Source.HTTP = "127.0.0.1:2802"
+	found = append(found, examine(t, c, "falco")...)
+	has(t, found, Warning, "sends to 127.0.0.1:2801, and stoop listens on 127.0.0.1:2802")
+	for _, f := range found {
+		if strings.Contains(fmt.Sprint(f), "SECRET") {
+			t.Errorf("the token is shown: %+v", f)
+		}
+	}
+	c.Falco = write(t, filepath.Join(t.TempDir(), "falco.yaml"), fmt.Sprintf(good, "/x"))
+	has(t, examine(t, c, "falco"), Missing, "http_output is off", "TOKEN@127.0.0.1:2802")
+}
+
+// Falco may write to the FIFO as its owner, by one of its groups, or as root.
+func TestWhoMayWrite(t *testing.T) {
+	path := fifo(t)
+	for _, tt := range []struct {
+		mode os.FileMode
+		p    process
+		may  bool
+	}{
+		{0o600, process{uid: 0}, true},
+		{0o600, process{uid: 1000, groups: []uint32{1000}}, false},
+		{0o660, process{uid: 1000, groups: []uint32{1000, uint32(os.Getgid())}}, true},
+		{0o620, process{uid: 1000, groups: []uint32{uint32(os.Getgid())}}, true},
+		{0o640, process{uid: 1000, groups: []uint32{uint32(os.Getgid())}}, false},
+		{0o602, process{uid: 1000}, true},
+	} {
+		if err := os.Chmod(path, tt.mode); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := writable(info, &tt.p); got != tt.may && os.Getuid() == 0 {
+			t.Errorf("mode %s, %+v: %t", tt.mode, tt.p, got)
+		}
+	}
+	var self process
+	if self.credentials("/proc/self/status"); int(self.uid) != os.Geteuid() || len(self.groups) == 0 || int(self.groups[0]) != os.Getegid() {
+		t.Errorf("this process is %+v", self)
+	}
+}
+
+// Of several processes called falco the one counts that has the FIFO open, then root's.
+func TestWhichFalco(t *testing.T) {
+	user, root, writes := &process{name: "falco", uid: 1000}, &process{name: "falco"}, &process{name: "falco", uid: 1000, opens: []opened{{}}}
+	for _, tt := range []struct {
+		all    []*process
+		want   *process
+		others int
+	}{
+		{nil, nil, 0}, {[]*process{{name: "falcon"}}, nil, 0}, {[]*process{user}, user, 0},
+		{[]*process{user, root}, root, 1}, {[]*process{root, user}, root, 1}, {[]*process{user, root, writes}, writes, 2},
+	} {
+		if got, others := (&processes{all: tt.all}).falco(); got != tt.want || others != tt.others {
+			t.Errorf("of %v: %v and %d others", tt.all, got, others)
+		}
+	}
+}
