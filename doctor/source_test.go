@@ -219,8 +219,12 @@ func TestWhichFalco(t *testing.T) {
 		want   *process
 		others int
 	}{
-		{nil, nil, 0}, {[]*process{{name: "falcon"}}, nil, 0}, {[]*process{user}, user, 0},
-		{[]*process{user, root}, root, 1}, {[]*process{root, user}, root, 1}, {[]*process{user, root, writes}, writes, 2},
+		{nil, nil, 0},
+		{[]*process{{name: "falcon"}}, nil, 0},
+		{[]*process{user}, user, 0},
+		{[]*process{user, root}, root, 1},
+		{[]*process{root, user}, root, 1},
+		{[]*process{user, root, writes}, writes, 2},
 	} {
 		if got, others := (&processes{all: tt.all}).falco(); got != tt.want || others != tt.others {
 			t.Errorf("of %v: %v and %d others", tt.all, got, others)
