@@ -40,6 +40,12 @@ type Config struct {
 	AlertsSize   int64         // bytes; default 256 MiB, a quarter of it for the urgent ones
 	OutcomesAge  time.Duration // default 720 h
 	OutcomesSize int64         // bytes; default 128 MiB
+	MatchedAge   time.Duration // of the alerts that matched a rule; default 720 h
+	MatchedSize  int64         // bytes; default 256 MiB, a quarter of it for the urgent ones. In memory none are kept
+
+	// Unkept is called for each alert that matched a rule and could not be kept; nil:
+	// nobody is told.
+	Unkept func()
 
 	Mirror []string // further subjects that every alert is published on
 	Listen *Listen  // for NATS clients over the network; nil: nothing listens
@@ -58,6 +64,8 @@ func (c *Config) setDefaults() {
 	set((*int64)(&c.OutcomesAge), int64(720*time.Hour))
 	set(&c.AlertsSize, 256<<20)
 	set(&c.OutcomesSize, 128<<20)
+	set((*int64)(&c.MatchedAge), int64(720*time.Hour))
+	set(&c.MatchedSize, 256<<20)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -96,6 +104,7 @@ type Broker struct {
 	fail    context.CancelCauseFunc
 	state   *State
 	journal journal
+	matched matched
 	closed  sync.Once
 
 	keeping     sync.WaitGroup
@@ -183,6 +192,10 @@ func Open(ctx context.Context, cfg Config) (_ *Broker, err error) {
 	keeping, stop := context.WithCancel(context.Background())
 	b.stopKeeping = stop
 	b.keeping.Go(func() { b.journalLoop(keeping) })
+	if !cfg.memory() {
+		b.matched.ch = make(chan *nats.Msg, matchedWaiting)
+		b.keeping.Go(func() { b.matchedLoop(keeping) })
+	}
 	if !cfg.memory() && !cfg.SyncAlways {
 		b.keeping.Go(func() { b.syncLoop(keeping, store, cfg.Sync) })
 	}
@@ -229,7 +242,7 @@ func (b *Broker) startServer(store string) error {
 		NoSystemAccount:    true,
 		JetStream:          true,
 		StoreDir:           store,
-		JetStreamMaxStore:  b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize + 64<<20,
+		JetStreamMaxStore:  b.cfg.AlertsSize + b.cfg.OutcomesSize + b.cfg.MatchedSize + actionsSize + stateSize + 64<<20,
 		JetStreamMaxMemory: b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize,
 		SyncInterval:       serverSync,
 		SyncAlways:         b.cfg.SyncAlways,

@@ -212,22 +212,28 @@ func Dial(dir string) (*Client, error) {
 	return &Client{nc, h.Session}, nil
 }
 
-// Ask requests subject of the API and decodes the answer into out.
-func (c *Client) Ask(ctx context.Context, subject string, in, out any) error {
+// Question requests subject of the API and returns the answer as it came.
+func (c *Client) Question(ctx context.Context, subject string, in any) (*nats.Msg, error) {
 	data, err := json.Marshal(in)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	m := &nats.Msg{Subject: subject, Data: data, Header: nats.Header{HeaderSession: {c.Session}}}
 	answer, err := c.RequestMsgWithContext(ctx, m)
 	if err != nil {
-		return fmt.Errorf("ask the running stoop (%s): %w", subject, err)
+		return nil, fmt.Errorf("ask the running stoop (%s): %w", subject, err)
 	}
 	if e := answer.Header.Get(HeaderError); e != "" {
-		return errors.New(e)
+		return nil, errors.New(e)
 	}
-	if out == nil {
-		return nil
+	return answer, nil
+}
+
+// Ask requests subject of the API and decodes the answer into out.
+func (c *Client) Ask(ctx context.Context, subject string, in, out any) error {
+	answer, err := c.Question(ctx, subject, in)
+	if err != nil || out == nil {
+		return err
 	}
 	if err := json.Unmarshal(answer.Data, out); err != nil {
 		return fmt.Errorf("answer of the running stoop (%s): %w", subject, err)

@@ -80,6 +80,9 @@ func (b *Broker) createStreams(ctx context.Context) error {
 			MaxAge: b.cfg.OutcomesAge, MaxBytes: b.cfg.OutcomesSize, MaxMsgsPerSubject: b.cfg.OutcomesSize / outcomeRoom,
 		},
 	}
+	if !b.cfg.memory() {
+		streams = append(streams, b.matchedStreams()...)
+	}
 	for _, c := range streams {
 		c.Storage = storage
 		// Nothing here relies on Nats-Msg-Id: its memory would cost more than

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -28,6 +29,7 @@ const (
 	apiWaiting = "stoop.api.approvals"
 	apiHistory = "stoop.api.history"
 	apiVerify  = "stoop.api.verify"
+	apiAlerts  = "stoop.api.alerts"
 	apiPublish = "stoop.api.publish"
 	apiWatch   = "stoop.api.watch"
 	apiStatus  = "stoop.api.status"
@@ -35,6 +37,20 @@ const (
 
 // headerMore is on every answer to a history request but the last.
 const headerMore = "Stoop-More"
+
+// The headers of an answer with alerts: where the next page begins, 0 if there is
+// none, and how many alerts follow.
+const (
+	headerNext = "Stoop-Next"
+	headerLeft = "Stoop-Left"
+)
+
+// alertsRequest asks for a page of a stream of alerts, from a sequence or a time on.
+type alertsRequest struct {
+	Stream string    `json:"stream"`
+	From   uint64    `json:"from,omitempty"`
+	Since  time.Time `json:"since,omitzero"`
+}
 
 type undoRequest struct {
 	ID  string `json:"id,omitempty"`
@@ -109,7 +125,7 @@ func (a *api) desks() []desk {
 		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
-			map[string]answer{apiHistory: a.history, apiVerify: a.verify},
+			map[string]answer{apiHistory: a.history, apiVerify: a.verify, apiAlerts: a.alerts},
 			historyMost, historyTimeout,
 			fmt.Sprintf("the history is being read %d times already: ask again in some seconds", historyMost),
 		},
@@ -174,7 +190,11 @@ func respond(m *nats.Msg, v any, err error) {
 		return
 	}
 	out := nats.NewMsg(m.Reply)
-	if err == nil {
+	if page, ok := v.(broker.KeptPage); ok && err == nil {
+		out.Data = page.Append(nil)
+		out.Header.Set(headerNext, strconv.FormatUint(page.Next, 10))
+		out.Header.Set(headerLeft, strconv.FormatUint(page.Left, 10))
+	} else if err == nil {
 		out.Data, err = json.Marshal(v)
 	}
 	if err != nil {
@@ -292,6 +312,19 @@ func (a *api) verify(ctx context.Context, m *nats.Msg, _ string) (any, error) {
 		}
 	}
 	return a.broker.Verify(ctx, want)
+}
+
+// alerts answers with a page of alerts.
+func (a *api) alerts(ctx context.Context, m *nats.Msg, _ string) (any, error) {
+	var r alertsRequest
+	if err := json.Unmarshal(m.Data, &r); err != nil {
+		return nil, fmt.Errorf("alerts: %w", err)
+	}
+	page, err := a.broker.Kept(ctx, r.Stream, r.From, r.Since)
+	if err != nil {
+		return nil, err
+	}
+	return page, nil
 }
 
 // history answers in pages.

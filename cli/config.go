@@ -94,6 +94,7 @@ func (s *Subject) UnmarshalText(b []byte) error {
 type BrokerLimits struct {
 	Alerts   Keep `param:"alerts" doc:"Alerts; a quarter of the size is for Critical and above alone."`
 	Outcomes Keep `param:"outcomes" doc:"Outcomes."`
+	Matched  Keep `param:"matched" doc:"Alerts that matched a rule, for stoop test --from-history; a quarter of the size is for Critical and above alone."`
 }
 
 // Keep is for how long, and how much, a stream keeps.
@@ -273,6 +274,7 @@ func defaults() Config {
 			Limits: BrokerLimits{
 				Alerts:   Keep{param.Duration(24 * time.Hour), 256 << 20},
 				Outcomes: Keep{param.Duration(720 * time.Hour), 128 << 20},
+				Matched:  Keep{param.Duration(720 * time.Hour), 256 << 20},
 			},
 		},
 		Kubernetes: Kubernetes{QPS: 10, Burst: 50},
@@ -353,6 +355,7 @@ func (c *Config) brokerConfig() (broker.Config, error) {
 		Dir: c.Data, Sync: time.Duration(c.Broker.Sync), SyncAlways: c.Broker.Sync < 0,
 		AlertsAge: time.Duration(l.Alerts.Age), AlertsSize: int64(l.Alerts.Size),
 		OutcomesAge: time.Duration(l.Outcomes.Age), OutcomesSize: int64(l.Outcomes.Size),
+		MatchedAge: time.Duration(l.Matched.Age), MatchedSize: int64(l.Matched.Size),
 		Mirror: c.Broker.Mirror,
 	}
 	if bc.SyncAlways {

@@ -3,6 +3,7 @@ package cli
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -104,23 +105,32 @@ type tested struct {
 
 func (p *program) testCommand() *cobra.Command {
 	var file, config, output string
+	var f backtestFlags
 	cmd := &cobra.Command{
 		Use:   "test --rules FILE ALERTS...",
 		Short: "Say which steps recorded alerts would cause",
 		Long: `Holds recorded alerts (files of one alert a line; - is standard input) against
 rules and says which would match, and which steps would follow. It takes each
 alert's own time as now and any hostname as this node, and asks no cluster.
-Nothing is done.`,
-		Example: "  stoop test --rules rules.yaml alerts.jsonl\n  kubectl logs ds/falco -n falco | stoop test --rules rules.yaml -o json -",
-		Args:    cobra.MinimumNArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			if err := checkOutput(output); err != nil {
+Nothing is done.
+
+With --from-history it tries the rules on the alerts that stoop has kept, at
+the times when they arrived: what would have been done, to what, how often, and
+what the guards would have held back. With --diff it says what these rules would
+do that those of another file would not, and the other way round.`,
+		Example: "  stoop test --rules rules.yaml alerts.jsonl\n  stoop test --rules new.yaml --from-history 30d --diff rules.yaml\n  kubectl logs ds/falco -n falco | stoop test --rules rules.yaml -o json -",
+		Args:    cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := cmp.Or(checkOutput(output), f.check(args)); err != nil {
 				return err
 			}
 			entries := responders.All()
 			c, set, err := loadBoth(config, file, entries)
 			if err != nil {
 				return wrong(err)
+			}
+			if f.wanted() {
+				return p.backtest(cmd.Context(), &f, set, entries, c.guards("", responders.Self{}, nil), args, output == "json")
 			}
 			t := newTester(set, entries, c.guards("", responders.Self{}, nil))
 			return t.files(p, args, output == "json")
@@ -129,6 +139,7 @@ Nothing is done.`,
 	cmd.Flags().StringVar(&file, "rules", defaultRules, "the rules `FILE`")
 	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE`, for its guards")
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	f.add(cmd)
 	return cmd
 }
 

@@ -151,6 +151,10 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
+	unkept := prometheus.NewCounter(prometheus.CounterOpts{Name: "stoop_matched_dropped_total", Help: "Alerts that matched a rule and were not kept for stoop test --from-history: too many at once, or no space."})
+	reg.MustRegister(unkept)
+	bc.Unkept = unkept.Inc
+
 	kube, self, err := c.cluster(log)
 	if err != nil {
 		return wrong(err)

@@ -419,10 +419,8 @@ func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker
 		return "", "", 0
 	case !r.cluster():
 		missing, err = h.locate(ctx, r, req)
-	case object == PodObject && s.Target.Host:
-		return broker.Refused, "the host raised the alert: there is no pod", 0
-	case object == ResourceObject && (s.Target.Resource == nil || s.Target.Resource.Name == ""):
-		err = errNoResource
+	case lacking(object, s.Target) != nil:
+		err = lacking(object, s.Target)
 	case (h.Pods == nil || r.act == nil) && mode == broker.Audit:
 		return broker.Audited, "no cluster: " + object.String() + " could not be looked up", 0
 	case h.Pods == nil || r.act == nil:

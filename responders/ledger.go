@@ -247,6 +247,7 @@ type verdict struct {
 	guard, reason string // of the guard that holds it back; "" lets it through
 	busy          bool   // another step of the same rule on the same object is under way
 	opened        string // the breaker that opened by this step; people are told
+	limit         string // the key of the limit in the configuration
 }
 
 // begin asks the guards that count, and takes the step's place in their
@@ -279,12 +280,12 @@ func (l *ledger) begin(id string, a act, g *Guards, instead bool, now time.Time)
 	for _, m := range g.limitsOf(&a) {
 		used := l.count(m.account, now, m.per)
 		if until, ok := l.open[m.name]; ok && now.Before(until) {
-			return verdict{guard: "limit", reason: fmt.Sprintf("the breaker of %s is open for another %s (%s)", m.name, ago(until.Sub(now)), m.key)}
+			return verdict{guard: "limit", limit: m.key, reason: fmt.Sprintf("the breaker of %s is open for another %s (%s)", m.name, ago(until.Sub(now)), m.key)}
 		}
 		if used >= m.max {
 			l.open[m.name] = now.Add(m.per)
 			return verdict{
-				guard: "limit", opened: m.name,
+				guard: "limit", opened: m.name, limit: m.key,
 				reason: fmt.Sprintf("%s has had its %d harmful steps within %s (%s); its breaker is open for %s", m.name, m.max, ago(m.per), m.key, ago(m.per)),
 			}
 		}

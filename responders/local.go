@@ -17,12 +17,47 @@ import (
 
 // errHost and errNoSuspect are refusals of steps that have nothing to act on.
 var (
+	errOnHost     = Refuse("the host raised the alert: there is no pod")
 	errHost       = Refuse("the host itself raised the alert: there is no container")
 	errNotHost    = Refuse("a container raised the alert: this responder is for the host's own")
 	errNoSuspect  = Refuse("the alert names no container: let Falco's append_output add container.id (docs/falco.md)")
 	errNoResource = Refuse("the alert names no object of the cluster: only Kubernetes audit events do (ka.target.resource, ka.target.name)")
 	errNoProcess  = Refuse("the alert names no process: let Falco's append_output add proc.pid and proc.pid.ts (docs/falco.md)")
 )
+
+// lacking is why an alert with this target names no such object, or nil.
+func lacking(o Object, t alert.Target) error {
+	switch o {
+	case PodObject:
+		if t.Host {
+			return errOnHost
+		}
+	case ResourceObject:
+		if t.Resource == nil || t.Resource.Name == "" {
+			return errNoResource
+		}
+	case HostObject:
+		if !t.Host {
+			return errNotHost
+		}
+	case ContainerObject:
+		switch {
+		case t.Host:
+			return errHost
+		case t.Container == "" && t.PID == 0:
+			return errNoSuspect
+		}
+	case ProcessObject:
+		if t.PID == 0 {
+			return errNoProcess
+		}
+	case SuspectObject:
+		if t.PID == 0 && t.Container == "" {
+			return errNoSuspect
+		}
+	}
+	return nil
+}
 
 // locate finds what a step of this node's own responders acts on, and proves it
 // by what the kernel says. No API server is asked: what the watch knows of the
@@ -39,26 +74,8 @@ func (h *Host) locate(ctx context.Context, r *running, req *Request) (missing st
 		// what Falco raises alerts about.
 		return "", Refuse("a program that stoop started raised this alert")
 	}
-	switch r.Object {
-	case HostObject:
-		if !t.Host {
-			return "", errNotHost
-		}
-	case ContainerObject:
-		switch {
-		case t.Host:
-			return "", errHost
-		case t.Container == "" && t.PID == 0:
-			return "", errNoSuspect
-		}
-	case ProcessObject:
-		if t.PID == 0 {
-			return "", errNoProcess
-		}
-	case SuspectObject:
-		if t.PID == 0 && t.Container == "" {
-			return "", errNoSuspect
-		}
+	if err := lacking(r.Object, *t); err != nil {
+		return "", err
 	}
 	if h.Env.Local == nil {
 		return "stoop does not run on the node that the alert came from", nil

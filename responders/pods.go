@@ -167,6 +167,14 @@ func (p *Pods) noteHealth(ctx context.Context, verb string, err error) {
 	}
 }
 
+// nameless says that nothing in an alert leads to a pod, or nil.
+func nameless(t alert.Target) error {
+	if t.Container == "" && t.Pod == "" && t.UID == "" && t.PID == 0 {
+		return fmt.Errorf("the alert names neither pod nor container nor process: %w", errNoPod)
+	}
+	return nil
+}
+
 // Resolve finds the pod that raised an alert with the target t, and proves it:
 // the alert's container is one of the pod's (running, last state, init or
 // ephemeral), or the cgroup of the alert's process names the pod's UID (and the
@@ -185,8 +193,8 @@ func (p *Pods) Resolve(ctx context.Context, t alert.Target) (pod *corev1.Pod, re
 	if t.Host {
 		return nil, t, fmt.Errorf("the host itself raised the alert: %w", errNoPod)
 	}
-	if t.Container == "" && t.Pod == "" && t.UID == "" && t.PID == 0 {
-		return nil, t, fmt.Errorf("the alert names neither pod nor container nor process: %w", errNoPod)
+	if err := nameless(t); err != nil {
+		return nil, t, err
 	}
 	// Most alerts are of a pod that is known: they need no clock.
 	if p.Synced() {

@@ -155,6 +155,7 @@ func (r *Router) route(b *broker.Broker, s *broker.Stored) []*broker.Step {
 		return nil
 	}
 	r.matched.Add(float64(len(matched)))
+	b.KeepMatched(s, a)
 	took := broker.Took{
 		Stored:  broker.Micros(s.StoredAt.Sub(s.Received).Microseconds()),
 		Matched: broker.MicrosSince(s.Received),
