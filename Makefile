@@ -40,6 +40,7 @@ e2e: ## against a real kube-apiserver, built from its modules the first time (mi
 
 e2e-node: ## on a real node with real pods, as root: frozen, cut off and dead after how long
 	cd e2e && $(GO) run ./node $(if $(WRITE),-write ../docs/performance.md)
+	cd e2e && $(GO) run ./node -chart
 
 e2e-host: ## on a host with a real systemd, as root: install, upgrade under load, remove
 	cd e2e && E2E_HOST=1 $(GO) test -count=1 -timeout 30m -v ./host

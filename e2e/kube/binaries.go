@@ -15,9 +15,12 @@ import (
 	"time"
 )
 
-// Kubelet is the program of a real node, which [Binaries] builds when asked to:
-// of the servers, only a node needs it.
-const Kubelet = "kubelet"
+// Programs that [Binaries] builds when asked to: of the servers, only a node needs
+// them.
+const (
+	Kubelet           = "kubelet"
+	ControllerManager = "kube-controller-manager"
+)
 
 // What [Binaries] builds, and the packages that they are built from.
 var servers = []struct {
@@ -27,6 +30,7 @@ var servers = []struct {
 	{"etcd", "go.etcd.io/etcd/server/v3", true},
 	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver", true},
 	{Kubelet, "k8s.io/kubernetes/cmd/kubelet", false},
+	{ControllerManager, "k8s.io/kubernetes/cmd/kube-controller-manager", false},
 }
 
 // buildTimeout is far above the six minutes that a cold build was seen to take

@@ -30,6 +30,9 @@ func (c *Cluster) AdminKubeconfig(t harness.T) string {
 	return c.kubeconfig(t, "admin.kubeconfig", c.tokens[adminUser])
 }
 
+// CA is the file with the authority of the API server's certificate.
+func (c *Cluster) CA() string { return c.caFile() }
+
 // Kubeconfig writes a kubeconfig and returns its path.
 func (c *Cluster) Kubeconfig(t harness.T, config *rest.Config) string {
 	t.Helper()

@@ -22,8 +22,11 @@ var applets = []string{"cat", "cp", "env", "nc", "rm", "sh", "sleep", "usleep"}
 
 // writeImage writes the image as an archive that containerd imports. There is
 // no registry to pull one from.
-func writeImage(path string) error {
-	program, err := os.ReadFile(busybox)
+func writeImage(path string) error { return writeImageOf(path, image, "bin/busybox", busybox, applets) }
+
+// writeImageOf is [writeImage] for an image with another program, and links to it.
+func writeImageOf(path, image, at, from string, applets []string) error {
+	program, err := os.ReadFile(from)
 	if err != nil {
 		return fmt.Errorf("read what goes into the image: %w", err)
 	}
@@ -40,7 +43,7 @@ func writeImage(path string) error {
 	}
 	add(tar.Header{Name: "bin/", Typeflag: tar.TypeDir, Mode: 0o755}, nil)
 	add(tar.Header{Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o1777}, nil)
-	add(tar.Header{Name: "bin/busybox", Mode: 0o755}, program)
+	add(tar.Header{Name: at, Mode: 0o755}, program)
 	for _, a := range applets {
 		add(tar.Header{Name: "bin/" + a, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}, nil)
 	}

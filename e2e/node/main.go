@@ -4,7 +4,7 @@
 // and in the same run what deleting the pod through the API alone comes to. Run
 // it as root in e2e:
 //
-//	go run ./node [-n 20] [-bare | -inpod] [-write ../docs/performance.md]
+//	go run ./node [-n 20] [-bare | -inpod | -chart] [-write ../docs/performance.md]
 //
 // All of the node lives in one network, mount and pid namespace of its own. Only
 // its cgroups and a temporary folder are where others can see them, under one
@@ -51,6 +51,7 @@ type settings struct {
 	Repeat  int    // samples of each of stoop's figures
 	Bare    bool   // without stoop
 	InPod   bool   // only what acts in the pod, without figures
+	Chart   *chart // instead of all else: stoop as the chart installs it
 	Command string // as the report names it
 }
 
@@ -67,6 +68,7 @@ func main() {
 	write := flag.String("write", "", "the `file` whose part between the markers "+beginMark+" and "+endMark+" is replaced")
 	bare := flag.Bool("bare", false, "only what the API alone comes to, without stoop")
 	inPod := flag.Bool("inpod", false, "only what acts in the pod: that it works, no figures")
+	installed := flag.Bool("chart", false, "stoop as the chart installs it: that it works, and loses no alert when it is killed and upgraded")
 	flag.Parse()
 	if flag.NArg() > 0 || *n < 1 {
 		flag.Usage()
@@ -77,7 +79,7 @@ func main() {
 	ctx, cancel := context.WithTimeout(ctx, allWithin)
 	defer cancel()
 	var report string
-	err := harness.Outside(ctx, os.Stderr, func(t harness.T) { report = run(t, *n, *bare, *inPod) })
+	err := harness.Outside(ctx, os.Stderr, func(t harness.T) { report = run(t, *n, *bare, *inPod, *installed) })
 	if err == nil && *write != "" {
 		err = figures.Replace(*write, beginMark, endMark, report)
 	}
@@ -88,7 +90,7 @@ func main() {
 }
 
 // run builds what is needed, has the work done inside, and returns the report.
-func run(t harness.T, n int, bare, inPod bool) string {
+func run(t harness.T, n int, bare, inPod, installed bool) string {
 	if err := check(); err != nil {
 		t.Fatalf("%v", err)
 	}
@@ -102,6 +104,9 @@ func run(t harness.T, n int, bare, inPod bool) string {
 	}
 	if !bare {
 		s.Stoop = program.Build(t)
+	}
+	if installed {
+		s.Chart = buildChart(t)
 	}
 	sweep(t.Logf)
 	name := prefix + strconv.Itoa(os.Getpid())
@@ -141,6 +146,10 @@ func work(path string) int {
 	if err == nil {
 		err = harness.Outside(context.Background(), os.Stderr, func(t harness.T) {
 			m := &measuring{rig: startRig(t, s)}
+			if s.Chart != nil {
+				m.rig.installed()
+				return
+			}
 			if s.InPod {
 				m.inPodOnly()
 				return

@@ -76,7 +76,7 @@ func startRig(t harness.T, s settings) *rig {
 	r.kubelet()
 	r.Logf("the node is ready after %s", time.Since(began).Round(10*time.Millisecond))
 
-	if s.Bare {
+	if s.Bare || s.Chart != nil {
 		return r
 	}
 	rbac := responders.BaseRBAC()
@@ -253,6 +253,7 @@ podLogsDir: %q
 volumePluginDir: %q
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
+crashLoopBackOff: {maxContainerRestartPeriod: 1s}
 evictionHard: {memory.available: 100Mi, nodefs.available: "1%%", imagefs.available: "1%%"}
 `, r.Cgroup, containerd, r.cluster.KubeletClientCA(), r.path("podlogs"), r.path("plugins")))
 	p := r.start(filepath.Join(bin, kube.Kubelet),

@@ -157,12 +157,9 @@ append_output:
     allowPrivilegeEscalation: false
     capabilities:
       drop: [ALL]
-      add:
-        - BPF           # to load its programs
-        - PERFMON       # to attach them
-        - SYS_RESOURCE  # to lock their buffers into memory
-        - SYS_PTRACE    # to read /proc of all processes at its start
-        - DAC_OVERRIDE  # to write to the FIFO, which is stoop's user's
+      {{- with .capabilities }}
+      add: {{ toJson . }}
+      {{- end }}
     appArmorProfile: {type: Unconfined}
     {{- end }}
   resources:
