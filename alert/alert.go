@@ -24,6 +24,10 @@ import (
 // key since 0.30, and before that it had no other source of note.
 const SourceSyscall = "syscall"
 
+// SourceAudit marks an event of Kubernetes' audit log, as Falco's plugins k8saudit and
+// those for the clouds have it.
+const SourceAudit = "k8s_audit"
+
 // SourceInternal marks what Falco says of itself (event drops, metrics). It
 // never starts a harmful step.
 const SourceInternal = "internal"

@@ -22,6 +22,7 @@ import (
 // that is let in may.
 const (
 	apiPause   = "stoop.api.pause"
+	apiPaused  = "stoop.api.paused"
 	apiResume  = "stoop.api.resume"
 	apiUndo    = "stoop.api.undo"
 	apiApprove = "stoop.api.approve"
@@ -122,7 +123,7 @@ type desk struct {
 func (a *api) desks() []desk {
 	busy := fmt.Sprintf("%d requests are being answered: ask again later", apiMost)
 	return []desk{
-		{map[string]answer{apiPause: a.pause, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
+		{map[string]answer{apiPause: a.pause, apiPaused: a.paused, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
 			map[string]answer{apiHistory: a.history, apiVerify: a.verify, apiAlerts: a.alerts},
@@ -203,12 +204,24 @@ func respond(m *nats.Msg, v any, err error) {
 	_ = m.RespondMsg(out)
 }
 
+// pauses are this node's own pause, and the one of the whole cluster.
+type pauses struct {
+	responders.Pause
+	Cluster *responders.PausedCluster `json:"cluster,omitempty"` // nil without a cluster
+}
+
 func (a *api) pause(ctx context.Context, _ *nats.Msg, actor string) (any, error) {
-	return a.host.SetPause(ctx, true, actor)
+	p, err := a.host.SetPause(ctx, true, actor)
+	return pauses{p, a.host.PausedCluster()}, err
+}
+
+func (a *api) paused(context.Context, *nats.Msg, string) (any, error) {
+	return pauses{a.host.Paused(), a.host.PausedCluster()}, nil
 }
 
 func (a *api) resume(ctx context.Context, _ *nats.Msg, actor string) (any, error) {
-	return a.host.SetPause(ctx, false, actor)
+	p, err := a.host.SetPause(ctx, false, actor)
+	return pauses{p, a.host.PausedCluster()}, err
 }
 
 func (a *api) undo(ctx context.Context, m *nats.Msg, actor string) (any, error) {

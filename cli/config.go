@@ -130,10 +130,14 @@ func (s Sync) String() string {
 
 // Kubernetes is how the API server is reached.
 type Kubernetes struct {
-	Kubeconfig string `param:"kubeconfig" doc:"A kubeconfig file. Default: in a pod, its service account; elsewhere no cluster."`
-	QPS        int    `param:"qps" min:"1" max:"10000" doc:"Requests a second, at most."`
-	Burst      int    `param:"burst" min:"1" max:"10000" doc:"Requests at once, at most."`
+	Kubeconfig  string `param:"kubeconfig" doc:"A kubeconfig file. Default: in a pod, its service account; elsewhere no cluster."`
+	AuditEvents string `param:"auditEvents" oneof:"off elected" doc:"Whether this stoop answers Kubernetes audit events (source k8s_audit), which are of no node. off: they start nothing harmful here. elected: it answers them and nothing else, one stoop at a time of all that say so, elected by a Lease; the others stand by and are not ready."`
+	QPS         int    `param:"qps" min:"1" max:"10000" doc:"Requests a second, at most."`
+	Burst       int    `param:"burst" min:"1" max:"10000" doc:"Requests at once, at most."`
 }
+
+// elected is the value of kubernetes.auditEvents of a stoop that answers them.
+const elected = "elected"
 
 // Guard is what stands between a rule and an act.
 type Guard struct {
@@ -277,7 +281,7 @@ func defaults() Config {
 				Matched:  Keep{param.Duration(720 * time.Hour), 256 << 20},
 			},
 		},
-		Kubernetes: Kubernetes{QPS: 10, Burst: 50},
+		Kubernetes: Kubernetes{AuditEvents: "off", QPS: 10, Burst: 50},
 		Guard: Guard{
 			Protect: Protect{
 				Namespaces:      []string{"kube-system", "kube-node-lease", "kube-public", "falco"},

@@ -122,29 +122,76 @@ func (p *program) printUndone(head string, o broker.Outcome) {
 }
 
 func (p *program) pauseCommand() *cobra.Command {
-	return p.switchCommand("pause", apiPause, "Stop acting now",
-		"Stops acting at once; it holds over restarts. Alerts are read, matched and\nrecorded as before, but no harmful step is done for them, not even after resume.\nUndo still works, and people are still told.")
+	cmd := p.switchCommand("pause", apiPause, "Stop acting now", `Stops acting on this node at once; it holds over restarts. Alerts are read,
+matched and recorded as before, but no harmful step is done for them, not even
+after resume. Undo still works, and people are still told.
+
+Every node of a cluster is paused by an annotation, whatever its value, of the
+namespace that stoop runs in, and goes on when it is taken away:
+
+  `+responders.PauseCommand("stoop", true)+`
+  `+responders.PauseCommand("stoop", false)+`
+
+With --show nothing is changed: it says which of the two holds.`)
+	cmd.Example = "  stoop pause\n  stoop pause --show"
+	show := cmd.Flags().Bool("show", false, "change nothing, and say what is paused")
+	act := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if !*show {
+			return act(cmd, args)
+		}
+		data, err := cmd.Flags().GetString("data")
+		if err != nil {
+			return err
+		}
+		var s pauses
+		if err := p.ask(cmd, data, apiPaused, struct{}{}, &s); err != nil {
+			return err
+		}
+		p.printPauses(s)
+		return nil
+	}
+	return cmd
 }
 
 func (p *program) resumeCommand() *cobra.Command {
 	return p.switchCommand("resume", apiResume, "Act again",
-		"Takes a pause back. Only alerts that come from now on are acted on.")
+		"Takes this node's pause back. Only alerts that come from now on are acted on. It\ndoes not lift a pause of the whole cluster; then it says what does, and fails.")
 }
 
 func (p *program) switchCommand(name, subject, short, long string) *cobra.Command {
 	cmd := &cobra.Command{Use: name, Short: short, Long: long, Example: "  stoop " + name, Args: cobra.NoArgs}
 	data := dataFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		var s responders.Pause
+		var s pauses
 		if err := p.ask(cmd, *data, subject, struct{}{}, &s); err != nil {
 			return err
 		}
-		if s.Paused {
-			fmt.Fprintf(p.stdout, "paused by %s since %s\n", s.Actor, s.Since.Local().Format(time.DateTime))
-		} else {
-			fmt.Fprintln(p.stdout, "acting")
+		p.printPauses(s)
+		if subject == apiResume && s.Cluster != nil && s.Cluster.Paused {
+			return fmt.Errorf("nothing is acted on while the cluster is paused; to lift that:\n%s", responders.PauseCommand(s.Cluster.Namespace, false))
 		}
 		return nil
 	}
 	return cmd
+}
+
+func (p *program) printPauses(s pauses) {
+	if s.Paused {
+		fmt.Fprintf(p.stdout, "paused by %s since %s\n", clean(s.Actor), s.Since.Local().Format(time.DateTime))
+	}
+	c := s.Cluster
+	if c != nil && c.Paused {
+		why := ""
+		if c.Actor != "" {
+			why = ": " + clean(c.Actor)
+		}
+		fmt.Fprintf(p.stdout, "every node of the cluster is paused since %s%s\n", c.Since.Local().Format(time.DateTime), why)
+	}
+	if !s.Paused && (c == nil || !c.Paused) {
+		fmt.Fprintln(p.stdout, "acting")
+	}
+	if c != nil && c.Problem != "" {
+		fmt.Fprintf(p.stdout, "whether the cluster is paused can't be seen: %s\n", clean(c.Problem))
+	}
 }

@@ -146,16 +146,14 @@ func (p *program) examined(c *Config, rulesFile string) (doctor.Config, error) {
 		d.Server = rc.Host
 		d.Kube, d.KubeErr = responders.NewKube(rc)
 	}
-	if d.Namespace = self.Namespace; d.Namespace == "" {
-		d.Namespace = fleetNamespace
-	}
+	d.Namespace, d.AuditEvents = self.Home(), c.Kubernetes.AuditEvents == elected
 	set, err := rules.Load(rulesFile, catalogOf(entries))
 	if err != nil {
 		d.RulesErr = err
 		return d, nil
 	}
 	d.RulesHash = set.Hash
-	d.Steps = planned(set, entries, append(slices.Clone(c.Guard.Protect.Namespaces), d.Namespace))
+	d.Steps = planned(set, entries, append(slices.Clone(c.Guard.Protect.Namespaces), d.Namespace), d.AuditEvents)
 	for _, w := range set.Warnings {
 		d.Doubts = append(d.Doubts, w.String())
 	}
@@ -179,6 +177,11 @@ func (a *api) status(ctx context.Context, _ *nats.Msg, _ string) (any, error) {
 	r := doctor.Running{
 		Version: version(), Node: a.engine.host.Env.Node, Mode: string(a.engine.host.Guards.Mode),
 		Paused: a.host.Paused().Paused,
+	}
+	if p := a.host.PausedCluster(); p != nil {
+		if r.Unseen = p.Problem; p.Paused {
+			r.Lift = responders.PauseCommand(p.Namespace, false)
+		}
 	}
 	if h := a.engine.health; h != nil {
 		if set := h.rules.Load(); set != nil {

@@ -130,9 +130,9 @@ do that those of another file would not, and the other way round.`,
 				return wrong(err)
 			}
 			if f.wanted() {
-				return p.backtest(cmd.Context(), &f, set, entries, c.guards("", responders.Self{}, nil), args, output == "json")
+				return p.backtest(cmd.Context(), &f, set, entries, c.foreseen(), args, output == "json")
 			}
-			t := newTester(set, entries, c.guards("", responders.Self{}, nil))
+			t := newTester(set, entries, c.foreseen())
 			return t.files(p, args, output == "json")
 		},
 	}

@@ -19,6 +19,7 @@ type health struct {
 	engine   *engine
 	intake   *pipe.Intake
 	pods     *responders.Pods
+	election *responders.Election // nil where there is none
 	source   bool
 	rules    atomic.Pointer[rules.Set]
 	rulesBad atomic.Bool
@@ -52,6 +53,12 @@ func (h *health) ready(ctx context.Context) error {
 	}
 	if h.pods != nil && !h.pods.Synced() {
 		errs = append(errs, errors.New("cluster: this node's pods have not been read yet"))
+	}
+	if h.election != nil {
+		// So that a Service leads Falco's audit events to the one that answers them.
+		if term, why := h.election.Turn(); term == nil {
+			errs = append(errs, fmt.Errorf("audit events: %s; this stoop stands by", why))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -95,10 +102,6 @@ func (h *health) register(reg prometheus.Registerer) {
 		g := h.engine.current.Load()
 		return truth[g != nil && g.broker.InMemory()]
 	})
-	gauge("stoop_paused", "1 while acting is paused.", func() float64 {
-		g := h.engine.current.Load()
-		return truth[g != nil && g.host.Paused().Paused]
-	})
 	gauge("stoop_breakers_open", "Breakers that hold harmful steps back.", func() float64 {
 		if g := h.engine.current.Load(); g != nil {
 			return float64(g.host.OpenBreakers())
@@ -108,6 +111,7 @@ func (h *health) register(reg prometheus.Registerer) {
 	gauge("stoop_rules_error", "1 while the rules file is wrong and the last good rules are in force.", func() float64 {
 		return truth[h.rulesBad.Load()]
 	})
+	reg.MustRegister(&pauseInfo{h, prometheus.NewDesc("stoop_paused", "1 while acting is paused: on this node by stoop pause, or in the whole cluster by the annotation of stoop's namespace.", []string{"source"}, nil)})
 	reg.MustRegister(&rulesInfo{h, prometheus.NewDesc("stoop_rules_info", "The rules in force: their hash as a label, their number as the value.", []string{"hash"}, nil)})
 }
 
@@ -125,4 +129,26 @@ func (r *rulesInfo) Collect(ch chan<- prometheus.Metric) {
 		return
 	}
 	ch <- prometheus.MustNewConstMetric(r.desc, prometheus.GaugeValue, float64(len(s.Rules)), s.Hash)
+}
+
+// pauseInfo is a collector, because only the host of the moment knows.
+type pauseInfo struct {
+	h    *health
+	desc *prometheus.Desc
+}
+
+func (p *pauseInfo) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
+
+func (p *pauseInfo) Collect(ch chan<- prometheus.Metric) {
+	var node, cluster float64
+	if g := p.h.engine.current.Load(); g != nil {
+		if g.host.Paused().Paused {
+			node = 1
+		}
+		if c := g.host.PausedCluster(); c != nil && c.Paused {
+			cluster = 1
+		}
+	}
+	ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, node, "node")
+	ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, cluster, "cluster")
 }

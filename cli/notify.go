@@ -69,6 +69,9 @@ func (h *health) status(mode string) string {
 		if p := g.host.Paused(); p.Paused {
 			said = append(said, "paused by "+p.Actor)
 		}
+		if p := g.host.PausedCluster(); p != nil && p.Paused {
+			said = append(said, "every node of the cluster is paused: "+p.Actor)
+		}
 		if n := g.host.OpenBreakers(); n > 0 {
 			said = append(said, fmt.Sprintf("%d breakers hold steps back", n))
 		}

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/validation"
 
+	"stoop/alert"
 	"stoop/responders"
 	"stoop/rules"
 )
@@ -27,11 +28,17 @@ A rule that is limited to namespaces by name needs Roles in these alone: match
 has fields: {k8s.ns.name: [shop, web]}, or ka.target.namespace for audit events.
 What guard.protect.namespaces names needs none.
 
+Steps that audit events cause are done by stoops of their own, with
+kubernetes.auditEvents: elected in their configuration. With --audit-events, or
+with that configuration, it prints what these need; without, what the stoops of
+nodes do. Give them service accounts of their own, so that no node's token can
+delete what audit events name.
+
 Print it anew, and apply it, when the rules change. Nothing is asked and nothing
 is changed.`,
-		Example: "  stoop rbac --rules rules.yaml\n  stoop rbac --rules rules.yaml --namespace security | kubectl apply -f -",
+		Example: "  stoop rbac --rules rules.yaml\n  stoop rbac --rules rules.yaml --audit-events\n  stoop rbac --rules rules.yaml --namespace security | kubectl apply -f -",
 		Args:    cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			for _, name := range []struct{ flag, value string }{{"--namespace", account.Namespace}, {"--service-account", account.Name}} {
 				check := validation.IsDNS1123Label
 				if name.flag != "--namespace" {
@@ -46,29 +53,46 @@ is changed.`,
 			if err != nil {
 				return wrong(err)
 			}
-			needs, err := responders.Permit(entries, planned(set, entries, append(c.Guard.Protect.Namespaces, account.Namespace)))
+			account.AuditEvents = account.AuditEvents || c.Kubernetes.AuditEvents == elected
+			if account.AuditEvents && !cmd.Flags().Changed("service-account") {
+				account.Name = auditAccount
+			}
+			needs, err := responders.Permit(entries, account, planned(set, entries, append(c.Guard.Protect.Namespaces, account.Namespace), account.AuditEvents))
 			if err != nil {
 				return err
 			}
-			if _, err := fmt.Fprintf(p.stdout, "# What stoop's service account %s/%s needs for the rules %s, and no more.\n# Printed by stoop rbac; it has to be printed anew when the rules change.\n",
-				account.Namespace, account.Name, set.Hash); err != nil {
+			who := "stoop's service account"
+			if account.AuditEvents {
+				who = "stoop's service account for audit events"
+			}
+			if _, err := fmt.Fprintf(p.stdout, "# What %s %s/%s needs for the rules %s, and no more.\n# Printed by stoop rbac; it has to be printed anew when the rules change.\n",
+				who, account.Namespace, account.Name, set.Hash); err != nil {
 				return err
 			}
-			return needs.Write(p.stdout, account)
+			return needs.Write(p.stdout)
 		},
 	}
 	cmd.Flags().StringVar(&file, "rules", defaultRules, "the rules `FILE`")
 	cmd.Flags().StringVar(&config, "config", "", "the configuration `FILE`, for what it protects")
 	cmd.Flags().StringVar(&account.Namespace, "namespace", "stoop", "the `NAMESPACE` of stoop")
 	cmd.Flags().StringVar(&account.Name, "service-account", "stoop", "the `NAME` of its service account")
+	cmd.Flags().BoolVar(&account.AuditEvents, "audit-events", false, "what answers audit events (account "+auditAccount+")")
 	return cmd
 }
 
-// planned are the steps that the rules may cause, and the namespaces that they can
-// act in.
-func planned(set *rules.Set, entries []responders.Entry, protected []string) []responders.Planned {
+// auditAccount is the service account of the stoops that answer audit events, where
+// --service-account does not say another: two accounts must not have roles of one
+// name.
+const auditAccount = "stoop-audit"
+
+// planned are the steps that the rules may cause, after audit events or after other
+// alerts, and the namespaces that they can act in.
+func planned(set *rules.Set, entries []responders.Entry, protected []string, auditEvents bool) []responders.Planned {
 	var out []responders.Planned
 	for _, r := range set.Rules {
+		if audit, other := r.Sources(alert.SourceAudit); auditEvents && !audit || !auditEvents && !other {
+			continue
+		}
 		for _, a := range r.Actions {
 			s := responders.Planned{Responder: a.Responder, Params: a.Params}
 			i := slices.IndexFunc(entries, func(e responders.Entry) bool { return e.Name == a.Responder })

@@ -159,8 +159,21 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if err != nil {
 		return wrong(err)
 	}
+	own := &responders.OwnProcesses{}
 	var pods *responders.Pods
-	if kube != nil {
+	var election *responders.Election
+	guards := c.guards(nodeName, self, own)
+	switch {
+	case c.Kubernetes.AuditEvents == elected && kube == nil:
+		return wrong(errors.New("kubernetes.auditEvents: elected needs a cluster: give --kubeconfig, or run in a pod with a service account"))
+	case c.Kubernetes.AuditEvents == elected:
+		name := self.Pod
+		if name == "" {
+			name = nodeName
+		}
+		election = responders.NewElection(responders.ElectionConfig{Kube: kube, Namespace: self.Home(), Name: name, Log: log, Registerer: reg})
+		guards.Audit = election
+	case kube != nil:
 		pods = responders.NewPods(kube, nodeName, log)
 	}
 	release, err := broker.Lock(c.Data)
@@ -189,7 +202,6 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		return err
 	}
 	defer store.Close()
-	own := &responders.OwnProcesses{}
 	machine := node.New(node.Config{Cgroup: c.Host.Cgroup, Log: log})
 
 	told := &teller{node: nodeName, log: log}
@@ -197,13 +209,18 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	if err != nil {
 		return wrong(err)
 	}
-	guards := c.guards(nodeName, self, own)
+	var cluster *responders.ClusterPause
+	if kube != nil {
+		if cluster, err = responders.NewClusterPause(responders.ClusterPauseConfig{Kube: kube, Namespace: self.Home(), Log: log, Registerer: reg}); err != nil {
+			return wrong(err)
+		}
+	}
 	r := router.New(log, reg, trustOf(entries, guards))
 	r.SetRules(set)
 	e = &engine{
 		cfg: bc, router: r, local: local, store: newStoreSwitch(), log: log, ready: make(chan struct{}),
 		host: responders.Config{
-			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Fleet: fleet, Tell: told.tell,
+			Entries: entries, Pods: pods, Log: log, Metrics: responders.NewMetrics(reg), Ended: &responders.Ended{}, Fleet: fleet, Cluster: cluster, Tell: told.tell,
 			Env: responders.Env{
 				Kube: kube, Node: nodeName, Cluster: c.Cluster, Data: c.Data,
 				Local: machine, Evidence: store, Self: self, Own: own, Log: log,
@@ -218,7 +235,7 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 		},
 	})
 	told.intake = intake
-	h := &health{engine: e, intake: intake, pods: pods, source: len(sources) > 0}
+	h := &health{engine: e, intake: intake, pods: pods, election: election, source: len(sources) > 0}
 	e.health = h
 	h.rules.Store(set)
 	h.register(reg)
@@ -240,6 +257,12 @@ func (p *program) run(ctx context.Context, c *Config, rulesPath string) (err err
 	}
 	if fleet != nil {
 		bg.Go(func() { fleet.Run(background) })
+	}
+	if cluster != nil {
+		bg.Go(func() { cluster.Run(background) })
+	}
+	if election != nil {
+		bg.Go(func() { election.Run(background) })
 	}
 	bg.Go(func() {
 		if err := machine.Run(background); err != nil {
@@ -536,8 +559,14 @@ func (c *Config) guards(name string, self responders.Self, own *responders.OwnPr
 	return g
 }
 
-// fleetNamespace is where stoops agree that run in no pod.
-const fleetNamespace = "default"
+// foreseen are the guards that say what would be held back, where nobody acts.
+func (c *Config) foreseen() responders.Guards {
+	g := c.guards("", responders.Self{}, nil)
+	if c.Kubernetes.AuditEvents == elected {
+		g.Audit = responders.Alone{}
+	}
+	return g
+}
 
 // fleet is this node's part in the budget of the whole cluster; nil without a
 // cluster, and where it is off.
@@ -545,12 +574,8 @@ func (c *Config) fleet(kube *responders.Kube, name string, self responders.Self,
 	if kube == nil || c.Guard.Limits.Cluster.N == 0 {
 		return nil, nil
 	}
-	namespace := self.Namespace
-	if namespace == "" {
-		namespace = fleetNamespace
-	}
 	return responders.NewFleet(responders.FleetConfig{
-		Kube: kube, Namespace: namespace, Node: name, Limit: responders.Rate(c.Guard.Limits.Cluster),
+		Kube: kube, Namespace: self.Home(), Node: name, Limit: responders.Rate(c.Guard.Limits.Cluster),
 		Log: log, Tell: told.tell, Registerer: reg,
 	})
 }

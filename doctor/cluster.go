@@ -125,7 +125,7 @@ func lookPermissions(ctx context.Context, e *Examination) []Finding {
 	if e.Kube == nil {
 		return []Finding{ok("without a cluster none is needed")}
 	}
-	permit, err := responders.Permit(e.Entries, e.Steps)
+	permit, err := responders.Permit(e.Entries, responders.Account{Namespace: e.Namespace, AuditEvents: e.AuditEvents}, e.Steps)
 	if err != nil {
 		return []Finding{unknown("", "%v", err)}
 	}
@@ -185,6 +185,9 @@ func lookPermissions(ctx context.Context, e *Examination) []Finding {
 // grant is how what is missing gets granted.
 func (e *Examination) grant() string {
 	print := "stoop rbac --rules " + e.RulesFile
+	if e.AuditEvents {
+		print += " --audit-events"
+	}
 	who, err := e.identity()
 	if err != nil {
 		return print + " prints what is needed"

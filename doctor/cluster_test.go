@@ -61,7 +61,7 @@ func TestPermissions(t *testing.T) {
 	}
 	found := examine(t, c, "permissions")
 	none(t, found, Missing, Unknown)
-	permit, err := responders.Permit(c.Entries, c.Steps)
+	permit, err := responders.Permit(c.Entries, responders.Account{Namespace: "stoop"}, c.Steps)
 	if err != nil {
 		t.Fatal(err)
 	}

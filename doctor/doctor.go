@@ -77,11 +77,14 @@ type Source struct {
 
 // Running is what a running stoop says of itself.
 type Running struct {
-	Version   string     `json:"version"`
-	Node      string     `json:"node"`
-	Mode      string     `json:"mode"`
-	Rules     string     `json:"rules"` // their hash
-	Paused    bool       `json:"paused,omitempty"`
+	Version string `json:"version"`
+	Node    string `json:"node"`
+	Mode    string `json:"mode"`
+	Rules   string `json:"rules"` // their hash
+	Paused  bool   `json:"paused,omitempty"`
+	// The whole cluster's pause is not lifted on a node: how it is.
+	Lift      string     `json:"lift,omitempty"`
+	Unseen    string     `json:"unseen,omitempty"`   // why it can't be seen whether the cluster is paused
 	NotReady  string     `json:"notReady,omitempty"` // why
 	LastAlert *LastAlert `json:"lastAlert,omitempty"`
 }
@@ -120,6 +123,8 @@ type Config struct {
 	Server    string
 	Dates     *Dates // of its answers
 	Namespace string // stoop's own
+	// AuditEvents says that it answers those, and so needs other permissions.
+	AuditEvents bool
 
 	Host *node.Node
 	// Running asks the stoop that runs on the data folder; the error is

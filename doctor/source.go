@@ -213,6 +213,12 @@ func lookStoop(_ context.Context, e *Examination) []Finding {
 	if r.Paused {
 		out = append(out, warning("stoop resume", "it is paused: nothing is acted on"))
 	}
+	if r.Lift != "" {
+		out = append(out, warning(r.Lift, "every node of the cluster is paused: nothing is acted on"))
+	}
+	if r.Unseen != "" {
+		out = append(out, missing("the permissions below, or the namespace", "the cluster's pause would not reach this node: %s", r.Unseen))
+	}
 	if r.NotReady != "" {
 		out = append(out, missing("its log says more", "it is not ready: %s", strings.ReplaceAll(r.NotReady, "\n", "; ")))
 	}
@@ -228,6 +234,7 @@ func lookStoop(_ context.Context, e *Examination) []Finding {
 		out = append(out, warning("cause one: a shell in a container, or a line of examples/alerts.jsonl", "it has no alert yet"))
 	case l.Text:
 		out = append(out, missing("json_output: true in falco.yaml", "its last alert was plain text, which can be forged and starts nothing harmful"))
+	case e.AuditEvents: // they are of any host
 	case l.Hostname != "" && l.Hostname != r.Node && !slices.Contains(e.Aliases, l.Hostname):
 		out = append(out, missing(fmt.Sprintf("aliases: [%s] in stoop.yaml, or FALCO_HOSTNAME=%s for Falco", l.Hostname, r.Node),
 			"its last alert was of the host %q, which is not this node: such alerts start nothing harmful", l.Hostname))

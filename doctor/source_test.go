@@ -143,11 +143,22 @@ func TestStoop(t *testing.T) {
 	running.LastAlert.Hostname, c.Aliases = "ip-10-0-0-1", []string{"other"}
 	found = examine(t, c, "stoop")
 	has(t, found, Warning, "paused", "stoop resume")
+	c.AuditEvents = true
+	for _, f := range examine(t, c, "stoop") {
+		if strings.Contains(f.Found, "ip-10-0-0-1") {
+			t.Errorf("one that answers audit events: %+v", f)
+		}
+	}
+	c.AuditEvents = false
 	has(t, found, Missing, "store: refuses; pipe: waits")
 	has(t, found, Warning, "1.0", "0.9")
 	has(t, found, Warning, "it follows rules def", "rules.yaml are rules abc")
 	has(t, found, Missing, `"ip-10-0-0-1"`, "aliases: [ip-10-0-0-1]", "FALCO_HOSTNAME=node-1")
 	c.Aliases = []string{"ip-10-0-0-1"}
+	running.Lift, running.Unseen = "kubectl annotate namespace stoop stoop.dev/pause-", "may not list namespaces"
+	found = examine(t, c, "stoop")
+	has(t, found, Warning, "every node of the cluster is paused", running.Lift)
+	has(t, found, Missing, "would not reach this node: may not list namespaces")
 	running.LastAlert.Text = true
 	found = examine(t, c, "stoop")
 	has(t, found, Missing, "plain text", "json_output: true")

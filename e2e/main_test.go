@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -65,7 +66,8 @@ func worldIn(t *testing.T, c *kube.Cluster, rbac []rbacv1.PolicyRule) *world {
 
 // allRBAC is exactly what stoop and its responders say they need.
 func allRBAC() []rbacv1.PolicyRule {
-	rules := append(responders.BaseRBAC(), responders.OwnRBAC()...)
+	// Its stoops are on a host: what they share is in the namespace default.
+	rules := slices.Concat(responders.BaseRBAC(), responders.PauseRBAC("default"), responders.OwnRBAC())
 	for _, r := range responders.All() {
 		rules = append(rules, r.RBAC...)
 	}

@@ -30,13 +30,14 @@ import (
 )
 
 // printed is what stoop rbac prints for rules and a service account.
-func printed(t harness.T, rules, account string) []byte {
+func printed(t harness.T, rules, account string, flags ...string) []byte {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "rules.yaml")
 	if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
 		t.Fatalf("write the rules: %v", err)
 	}
 	cmd := exec.CommandContext(t.Context(), shared.bin, "rbac", "--rules", file, "--namespace", kube.AccountNamespace, "--service-account", account)
+	cmd.Args = append(cmd.Args, flags...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -181,11 +182,15 @@ type printedAccount struct {
 	nodes map[string]*rest.Config
 }
 
-func accountFor(t harness.T, rules string) *printedAccount {
+func accountFor(t harness.T, rules string, auditEvents bool) *printedAccount {
 	t.Helper()
 	name := shared.cluster.ServiceAccount(t)
+	var flags []string
+	if auditEvents {
+		flags = append(flags, "--audit-events")
+	}
 	return &printedAccount{
-		name: name, granted: shared.cluster.Apply(t, name, printed(t, rules, name)), nodes: map[string]*rest.Config{},
+		name: name, granted: shared.cluster.Apply(t, name, printed(t, rules, name, flags...)), nodes: map[string]*rest.Config{},
 	}
 }
 
@@ -211,7 +216,7 @@ func TestRevokeAccessNeedsBind(t *testing.T) {
 				params = `{"from":"pod","namespaces":"own","bind":["ClusterRole/cluster-admin"]}`
 			}
 			ns, node := c.Namespace(t, kube.Name("ns")), c.Node(t)
-			account := accountFor(t, "rules:\n"+ruleOf(t, "revoke", "revoke-access", params))
+			account := accountFor(t, "rules:\n"+ruleOf(t, "revoke", "revoke-access", params), false)
 			client, err := responders.NewKube(account.on(t, node))
 			if err != nil {
 				t.Fatal(err)

@@ -268,7 +268,7 @@ func TestSparingUnderItsOwnPermissions(t *testing.T) {
 	for _, responder := range []string{"delete-pod", "evict-pod"} {
 		for _, params := range []string{"", `{"maxUnavailable":"50%"}`} {
 			w := newWorld(t)
-			account := accountFor(t, "rules:\n"+ruleOf(t, "sparing", responder, params))
+			account := accountFor(t, "rules:\n"+ruleOf(t, "sparing", responder, params), false)
 			client, err := responders.NewKube(account.on(t, w.node))
 			if err != nil {
 				t.Fatal(err)

@@ -307,14 +307,22 @@ func (h *Host) Approvals() []Approval {
 // Approve has a step done that waits for it: it goes the whole way again, with its
 // target proved anew, but is held back by nothing that only counts.
 func (h *Host) Approve(ctx context.Context, id, actor string) (broker.Outcome, error) {
-	if p := h.Paused(); p.Paused {
-		return broker.Outcome{}, fmt.Errorf("approve %s: acting is paused by %s: stoop resume first", id, p.Actor)
+	if why := h.stopped(); why != "" {
+		if !h.pause.Load().Paused {
+			return broker.Outcome{}, fmt.Errorf("approve %s: %s; lift that first: %s", id, why, PauseCommand(h.Cluster.Namespace, false))
+		}
+		return broker.Outcome{}, fmt.Errorf("approve %s: acting is %s: stoop resume first", id, why)
 	}
 	r, err := h.approvals.take(id)
 	if err != nil {
 		return broker.Outcome{}, err
 	}
 	defer h.approvals.give(id)
+	if h.Guards.Audit != nil {
+		if term, why := h.Guards.Audit.Turn(); term == nil {
+			return broker.Outcome{}, fmt.Errorf("approve %s: this stoop does not answer audit events now: %s", id, why)
+		}
+	}
 	now := time.Now().UTC()
 	if !now.Before(r.Expires) {
 		return broker.Outcome{}, fmt.Errorf("approve %s: it waited only until %s", id, r.Expires.Format(time.RFC3339))

@@ -24,8 +24,9 @@ func deleteResource() Entry {
 	return Entry{
 		Name: "delete-resource",
 		Doc:  "Deletes the object that a Kubernetes audit event names, of the kinds that the rule lists.",
-		Notes: `It is for alerts of the source k8s_audit, and waits for a person's approval unless the
-rule says approve: false. Who may send a request chooses the name in it, also where it is
+		Notes: `It is for alerts of the source k8s_audit, which only a stoop with auditEvents: elected
+answers (docs/audit-events.md), and waits for a person's approval unless the rule says
+approve: false. Who may send a request chooses the name in it, also where it is
 refused. So these are refused: an alert that does not say that the request was carried out
 (ka.response.code), one with another verb than those in verbs, one about a subresource.
 Have Falco write the fields:
@@ -46,8 +47,8 @@ create takes it. Of a Secret that is the secret. It can't be undone by stoop. Wh
 owns goes with it, and one with finalizers goes when these are done.
 
 Never deleted, whatever is listed: what is in a protected namespace, or is one; what is in
-stoop's own namespace; roles and bindings that stoop's own service account has, and the
-policies that stoop rbac prints for it; mirror pods and those of a priority class system-*.
+stoop's own namespace; roles and bindings that a service account of that namespace has, and
+the policies that stoop rbac prints for them; mirror pods and those of a priority class system-*.
 For a pod that raised an alert itself use delete-pod.
 
 It needs get and delete on the kinds listed, and to delete roles also list on the bindings.`,
@@ -225,7 +226,7 @@ func (d *resourceDeleter) spare(ctx context.Context, kind schema.GroupResource, 
 			return Refuse("priority class %s is protected", class)
 		}
 	case name == "":
-	case kind.Group == "admissionregistration.k8s.io" && strings.HasPrefix(o.GetName(), Account{namespace, name}.objects()+ownNode):
+	case kind.Group == "admissionregistration.k8s.io" && strings.HasPrefix(o.GetName(), namespace+"-") && strings.Contains(o.GetName(), ownNode):
 		return Refuse("stoop itself needs it: it ties its token to its node")
 	case kind.Group != rbacv1.GroupName:
 	case isRole(kind):

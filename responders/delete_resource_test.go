@@ -168,7 +168,9 @@ func TestDeleteResourceKeepsIt(t *testing.T) {
 // What stoop, or the cluster, needs is left, whatever is listed.
 func TestDeleteResourceSpares(t *testing.T) {
 	account := rbacv1.Subject{Kind: "ServiceAccount", Namespace: "security", Name: "stoop"}
-	other := rbacv1.Subject{Kind: "ServiceAccount", Namespace: "security", Name: "other"}
+	node := rbacv1.Subject{Kind: "ServiceAccount", Namespace: "security", Name: "node"}
+	nodeUser := rbacv1.Subject{Kind: "User", APIGroup: rbacv1.GroupName, Name: "system:serviceaccount:security:node"}
+	other := rbacv1.Subject{Kind: "ServiceAccount", Namespace: "shop", Name: "other"}
 	group := rbacv1.Subject{Kind: "Group", APIGroup: rbacv1.GroupName, Name: "system:serviceaccounts:security"}
 	user := rbacv1.Subject{Kind: "User", APIGroup: rbacv1.GroupName, Name: "system:serviceaccount:security:stoop"}
 	role := func(a *answerer, namespace, name string) {
@@ -199,6 +201,9 @@ func TestDeleteResourceSpares(t *testing.T) {
 		{"a binding of stoop's", "clusterrolebindings", "", func(a *answerer) { a.bind("", "x", "view", other, account) }, true},
 		{"a binding of stoop's as a user", "rolebindings", "shop", func(a *answerer) { a.bind("shop", "x", "view", user) }, true},
 		{"a binding of all accounts of stoop's namespace", "rolebindings", "shop", func(a *answerer) { a.bind("shop", "x", "view", group) }, true},
+		{"a binding of the nodes' stoops", "clusterrolebindings", "", func(a *answerer) { a.bind("", "x", "view", node) }, true},
+		{"a binding of theirs as a user", "clusterrolebindings", "", func(a *answerer) { a.bind("", "x", "view", nodeUser) }, true},
+		{"a cluster role of theirs", "clusterroles", "", func(a *answerer) { role(a, "", "x"); a.bind("", "y", "x", node) }, true},
 		{"a binding of another's", "rolebindings", "shop", func(a *answerer) { a.bind("shop", "x", "view", other) }, false},
 		{"a cluster role of stoop's", "clusterroles", "", func(a *answerer) { role(a, "", "x"); a.bind("", "y", "x", account) }, true},
 		{"a cluster role that stoop has in a namespace", "clusterroles", "", func(a *answerer) { role(a, "", "x"); a.bind("web", "y", "x", account) }, true},

@@ -80,3 +80,26 @@ func (f *Fleet) Look() { f.poke() }
 
 // SetPaused has r say that stoop is paused.
 func (r *Request) SetPaused(why func() string) { r.paused = why }
+
+// SetResync changes how long p follows one watch, and how much longer it waits for
+// its end.
+func (p *ClusterPause) SetResync(d, late time.Duration) { p.resync, p.late = d, late }
+
+// Known reports whether p has read the annotation.
+func (p *ClusterPause) Known() bool { _, _, known, _ := p.last(); return known }
+
+// Problem is why p can't read it.
+func (p *ClusterPause) Problem() string { return p.problem() }
+
+// SetPace changes after how long e renews the Lease, takes its own turn for over, and
+// takes another's.
+func (e *Election) SetPace(beat, term, lasts time.Duration) {
+	e.beat, e.term, e.lasts = beat, term, lasts
+}
+
+// Age has e believe that it wrote the Lease so much earlier.
+func (e *Election) Age(by time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.held.at = e.held.at.Add(-by)
+}

@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"stoop/alert"
 	"stoop/broker"
@@ -21,6 +23,9 @@ type Guards struct {
 	Aliases []string    // further hostnames that mean this node
 	Self    Self
 	Own     *OwnProcesses // the programs that stoop started
+	// Audit says whether it is this stoop's turn to answer audit events. One that has
+	// turns answers nothing else; nil: it answers none.
+	Audit Turn
 
 	Namespaces      []string // protected; globs
 	PriorityClasses []string // protected; globs
@@ -45,6 +50,21 @@ type Self struct {
 	User      string // its user name at the API server
 	Namespace string
 	Pod       string
+}
+
+// caused reports whether a user of the API server is stoop: this one, or another of its
+// namespace, whose service account may be another.
+func (s Self) caused(user string) bool {
+	return s.User != "" && user == s.User || s.Namespace != "" && strings.HasPrefix(user, "system:serviceaccount:"+s.Namespace+":")
+}
+
+// Home is the namespace in which stoops keep what they share: their own, or default
+// where they run in none.
+func (s Self) Home() string {
+	if s.Namespace == "" {
+		return metav1.NamespaceDefault
+	}
+	return s.Namespace
 }
 
 // Rate is N in a window; N = 0 is no limit.
@@ -75,7 +95,11 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 		return "internal", "stoop says this of itself"
 	case s.Origin == broker.OriginOpenHTTP:
 		return "unauthenticated", "the alert came over HTTP without authentication; set source.http.token-file or client-ca"
-	case g.elsewhere(t) != "":
+	case g.Audit == nil && auditEvent(a, t):
+		return "audit-events", "audit events are of no node, and this stoop answers its node's alerts: give Falco's audit events to one with kubernetes.auditEvents: elected (docs/audit-events.md)"
+	case g.Audit != nil && !auditEvent(a, t):
+		return "node", "this stoop answers audit events and nothing else (kubernetes.auditEvents: elected): the one of the alert's node has to answer it"
+	case g.Audit == nil && g.elsewhere(t) != "":
 		return "node", g.elsewhere(t)
 	case g.Self.PID != 0 && t.PID == g.Self.PID,
 		g.Self.Container != "" && sameContainer(t.Container, g.Self.Container):
@@ -91,7 +115,7 @@ func (g *Guards) trust(a *alert.Alert, s *broker.Step, now time.Time) (guard, re
 	case a.Time.Sub(now) > future:
 		return "age", fmt.Sprintf("the alert is from the future, by %s", a.Time.Sub(now).Round(time.Second))
 	}
-	if u, ok := a.Field("ka.user.name"); ok && g.Self.User != "" && u == g.Self.User {
+	if u, ok := a.Field("ka.user.name"); ok && g.Self.caused(u) {
 		return "self", "stoop's own service account caused this"
 	}
 	return "", ""

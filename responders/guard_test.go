@@ -34,6 +34,8 @@ func TestTrust(t *testing.T) {
 		guard  string
 	}{
 		"a good one":            {line(noon, ""), broker.OriginFIFO, ""},
+		"an audit event":        {line(noon, `,"source":"k8s_audit"`), broker.OriginFIFO, "audit-events"},
+		"one of another source": {line(noon, `,"output_fields":{"ka.target.resource":"secrets","ka.target.name":"a"}`), broker.OriginFIFO, "audit-events"},
 		"an alias":              {strings.Replace(line(noon, ""), `"n1"`, `"n1.example"`, 1), broker.OriginFIFO, ""},
 		"no hostname":           {strings.Replace(line(noon, ""), `"hostname":"n1",`, "", 1), broker.OriginFIFO, ""},
 		"another node":          {strings.Replace(line(noon, ""), `"n1"`, `"n2"`, 1), broker.OriginFIFO, "node"},
@@ -50,8 +52,6 @@ func TestTrust(t *testing.T) {
 		"stoop's process":       {line(noon, `,"output_fields":{"proc.pid":77}`), broker.OriginFIFO, "self"},
 		"stoop's container":     {line(noon, `,"output_fields":{"container.id":"abababababab"}`), broker.OriginFIFO, "self"},
 		"another container":     {line(noon, `,"output_fields":{"container.id":"abababababac"}`), broker.OriginFIFO, ""},
-		"stoop's account":       {line(noon, `,"source":"k8s_audit","output_fields":{"ka.user.name":"system:serviceaccount:stoop:stoop"}`), broker.OriginFIFO, "self"},
-		"another's account":     {line(noon, `,"source":"k8s_audit","output_fields":{"ka.user.name":"eve"}`), broker.OriginFIFO, ""},
 	} {
 		a, err := alert.Parse([]byte(c.line))
 		if err != nil {
@@ -59,6 +59,31 @@ func TestTrust(t *testing.T) {
 		}
 		guard, why := testGuards().trust(a, &broker.Step{Target: a.Target(), Origin: c.origin}, noon)
 		if guard != c.guard || (why == "") != (guard == "") {
+			t.Errorf("%s: guard %q (%s), want %q", name, guard, why, c.guard)
+		}
+	}
+}
+
+// The stoop that answers audit events answers those of any host, and nothing else.
+func TestTrustOfAuditEvents(t *testing.T) {
+	for name, c := range map[string]struct{ rest, guard string }{
+		"an audit event":              {`,"source":"k8s_audit"`, ""},
+		"by another":                  {`,"source":"k8s_audit","output_fields":{"ka.user.name":"eve"}`, ""},
+		"by stoop":                    {`,"source":"k8s_audit","output_fields":{"ka.user.name":"system:serviceaccount:stoop:stoop"}`, "self"},
+		"by a node's stoop":           {`,"source":"k8s_audit","output_fields":{"ka.user.name":"system:serviceaccount:stoop:node"}`, "self"},
+		"by one named alike":          {`,"source":"k8s_audit","output_fields":{"ka.user.name":"system:serviceaccount:stoops:stoop"}`, ""},
+		"an alert of a node":          {`,"source":"syscall"`, "node"},
+		"an alert without a source":   {``, "node"},
+		"an event of another source":  {`,"source":"mine","output_fields":{"ka.target.resource":"secrets","ka.target.name":"a"}`, ""},
+		"an event of a container too": {`,"source":"k8s_audit","output_fields":{"container.id":"abababababab"}`, "self"},
+	} {
+		a, err := alert.Parse(fmt.Appendf(nil, `{"priority":"Critical","rule":"R","hostname":"falco-0","time":%q%s}`, noon.Format(time.RFC3339Nano), c.rest))
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		g := testGuards()
+		g.Audit = Alone{}
+		if guard, why := g.trust(a, &broker.Step{Target: a.Target(), Origin: broker.OriginFIFO}, noon); guard != c.guard || (why == "") != (guard == "") {
 			t.Errorf("%s: guard %q (%s), want %q", name, guard, why, c.guard)
 		}
 	}

@@ -31,11 +31,12 @@ type Config struct {
 	// says on its own, a breaker that opened: title is a constant, detail a
 	// sentence.
 	Tell func(title, detail string)
-	// Metrics, Ended and Fleet are shared by all hosts of a process. Without a
-	// Fleet there is no budget of the whole cluster.
+	// Metrics, Ended, Fleet and Cluster are shared by all hosts of a process. Without
+	// a Fleet there is no budget of the whole cluster, without Cluster no pause of it.
 	Metrics *Metrics
 	Ended   *Ended
 	Fleet   *Fleet
+	Cluster *ClusterPause
 }
 
 // Ended remembers the steps that this process has ended lately. A store whose
@@ -88,6 +89,8 @@ type Host struct {
 	underway   sync.Map      // the ids of the steps being handled
 	resumed    chan struct{} // a token when a pause is over
 	lost       lost          // outcomes that the store refused
+
+	clusterPause atomic.Pointer[Pause]
 }
 
 // running is a responder at work.
@@ -195,6 +198,7 @@ func (h *Host) Run(ctx context.Context) error {
 	all.Go(func() { h.keepLoop(ctx) })
 	all.Go(func() { h.expireLoop(ctx) })
 	all.Go(func() { h.approvalLoop(ctx) })
+	all.Go(func() { h.followCluster(ctx) })
 	all.Go(func() { h.Broker.TrimLoop(ctx) })
 	all.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -319,6 +323,9 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 	}
 	a.ID = s.AlertID
 	now := time.Now()
+	if status, reason, again := h.standby(a, s, now); status != "" || again > 0 {
+		return status, reason, again
+	}
 	begun := h.ledger.get(s.ID) != nil
 	if r.Kind != Harm {
 		if now.Sub(s.Since()) > notifyFor {
@@ -347,6 +354,9 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 	}
 	if p := h.paused(s); p != "" {
 		return h.suppress("pause", p)
+	}
+	if h.Cluster.pending() && mode == broker.Enforce {
+		return "", "", busyAgain
 	}
 	if p := h.Guards.protected(req.Target, req.Pod); p != "" {
 		if class := h.Guards.sparedByClass(req.Target, req.Pod); class != "" && mode == broker.Enforce {
@@ -417,15 +427,19 @@ func (h *Host) target(ctx context.Context, r *running, req *Request, mode broker
 	switch {
 	case object == NoObject:
 		return "", "", 0
+	case h.Guards.Audit != nil && (object == PodObject || object == NodeObject):
+		return broker.Refused, "this stoop answers audit events (kubernetes.auditEvents: elected), which name neither a pod of a node nor a node", 0
 	case !r.cluster():
 		missing, err = h.locate(ctx, r, req)
 	case lacking(object, s.Target) != nil:
 		err = lacking(object, s.Target)
+	case object == ResourceObject && r.act != nil:
+		return "", "", 0
 	case (h.Pods == nil || r.act == nil) && mode == broker.Audit:
 		return broker.Audited, "no cluster: " + object.String() + " could not be looked up", 0
 	case h.Pods == nil || r.act == nil:
 		return broker.Failed, "no cluster: give --kubeconfig, or run in a pod with a service account", 0
-	case object == NodeObject, object == ResourceObject:
+	case object == NodeObject:
 		return "", "", 0
 	default:
 		req.Pod, req.Target, err = h.Pods.Resolve(ctx, s.Target)
@@ -569,8 +583,17 @@ func (h *Host) act(ctx context.Context, d *broker.Delivery, r *running, req *Req
 			h.Log.Error("the undo of a step could not be stored", "step", s.ID, "error", err)
 		}
 	}
-	s.Took.Requested = broker.MicrosSince(s.Received)
 	actCtx, cancel := h.deadline(ctx, r.Deadline)
+	if h.Guards.Audit != nil && auditEvent(req.Alert, s.Target) {
+		term, _ := h.Guards.Audit.Turn()
+		if term == nil {
+			cancel()
+			h.retry(d, standbyAgain)
+			return
+		}
+		defer context.AfterFunc(term, cancel)()
+	}
+	s.Took.Requested = broker.MicrosSince(s.Received)
 	res, err := r.act.Act(actCtx, req)
 	cancel()
 	s.Took.Done = broker.MicrosSince(s.Received)

@@ -241,6 +241,7 @@ const keepEvery = time.Hour
 
 // keepLoop looks at the start, after a pause, and every now and then.
 func (h *Host) keepLoop(ctx context.Context) {
+	h.Cluster.settle(ctx)
 	tick := time.NewTicker(keepEvery)
 	defer tick.Stop()
 	for actor := "restart"; ; {
@@ -261,7 +262,7 @@ func (h *Host) keepLoop(ctx context.Context) {
 //
 // In audit mode, or while paused, nothing is put in force again.
 func (h *Host) keep(ctx context.Context, actor string) {
-	if h.Guards.Mode != broker.Enforce || h.pause.Load().Paused {
+	if h.Guards.Mode != broker.Enforce || h.stopped() != "" {
 		return
 	}
 	for id, r := range h.undos.kept() {

@@ -304,6 +304,56 @@ func TestWhatIsKeptAfterAPause(t *testing.T) {
 	}
 }
 
+// At the start it is looked at only when it is known whether the cluster is paused,
+// and not while it is; then when that is over.
+func TestWhatIsKeptAfterTheClustersPause(t *testing.T) {
+	_, id := container(t)
+	asked := make(chan string, 10)
+	k := &keeper{keep: func(u *UndoRequest) (Result, error) { asked <- u.Actor; return Result{Nothing: true}, nil }}
+	k.do = func(int, *Request) (Result, error) { return Result{Undo: jsonRaw(`{"x":1}`)}, nil }
+	b := newBench(t, brokertest.New(t), localEntry("one", Harm, ContainerObject, k))
+	b.config.Env.Local = node.New(node.Config{})
+	b.start()
+	b.publish(b.alertStep("one", `{"container.id":"`+id[:12]+`"}`))
+	b.outcomes(1)
+	b.stop()
+
+	p := &ClusterPause{ClusterPauseConfig: ClusterPauseConfig{Namespace: "stoop"}, began: time.Now(), changed: make(chan struct{})}
+	sees := func(paused bool) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.known, p.paused = true, paused
+		p.tell()
+	}
+	b.config.Cluster = p
+	b.start()
+	select {
+	case actor := <-asked:
+		t.Fatalf("asked by %s before it is known", actor)
+	case <-time.After(200 * time.Millisecond):
+	}
+	sees(true)
+	for end := time.Now().Add(10 * time.Second); !b.host.PausedCluster().Paused; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it is not paused")
+		}
+	}
+	select {
+	case actor := <-asked:
+		t.Fatalf("asked by %s while paused", actor)
+	case <-time.After(200 * time.Millisecond):
+	}
+	sees(false)
+	select {
+	case actor := <-asked:
+		if actor != "resume" {
+			t.Errorf("asked by %s", actor)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it was not asked")
+	}
+}
+
 // A program in audit mode does not act at its start either.
 func TestNothingIsKeptInAuditMode(t *testing.T) {
 	_, id := container(t)

@@ -211,9 +211,18 @@ func isAccount(s rbacv1.Subject, namespace, name string) bool {
 	return false
 }
 
-// isSubject reports whether a subject of a binding is stoop itself, by its account or
-// as one of its namespace.
+// isSubject reports whether a subject of a binding is stoop itself: a service account
+// of its namespace, which the stoops of nodes have another one of than the one that
+// answers audit events, or all of them.
 func (s Self) isSubject(b rbacv1.Subject) bool {
 	namespace, name := s.account()
-	return name != "" && (isAccount(b, namespace, name) || b.Kind == rbacv1.GroupKind && b.Name == "system:serviceaccounts:"+namespace)
+	switch {
+	case name == "":
+		return false
+	case b.Kind == rbacv1.ServiceAccountKind:
+		return b.Namespace == namespace
+	case b.Kind == rbacv1.UserKind:
+		return strings.HasPrefix(b.Name, "system:serviceaccount:"+namespace+":")
+	}
+	return b.Kind == rbacv1.GroupKind && b.Name == "system:serviceaccounts:"+namespace
 }

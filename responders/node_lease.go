@@ -17,11 +17,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/dynamic"
 )
 
 // What takes a node out of service does so to one node of the cluster at a time,
@@ -70,30 +66,23 @@ or NODE_NAME. RBAC can't say "this node only"; the request does.`
 
 // nodeActsRBAC is what taking a node out of service needs.
 func nodeActsRBAC(more ...rbacv1.PolicyRule) []rbacv1.PolicyRule {
-	const group = "coordination.k8s.io"
-	return append([]rbacv1.PolicyRule{
+	return slices.Concat([]rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get", "list", "patch"}},
-		{APIGroups: []string{group}, Resources: []string{"leases"}, Verbs: []string{"get", "update"}, ResourceNames: []string{nodeLeaseName}},
-		// RBAC can't name what is not there yet.
-		{APIGroups: []string{group}, Resources: []string{"leases"}, Verbs: []string{"create"}},
-	}, more...)
+	}, leaseRBAC(nodeLeaseName), more)
 }
 
 // nodeActs is how this stoop takes its node out of service.
 type nodeActs struct {
-	kube      *Kube
-	node      string
-	namespace string // of the Lease
-	beat      time.Duration
-	answer    time.Duration
-	log       *slog.Logger
+	kube   *Kube
+	node   string
+	lease  lease
+	beat   time.Duration
+	answer time.Duration
+	log    *slog.Logger
 }
 
 func newNodeActs(env Env) nodeActs {
-	a := nodeActs{kube: env.Kube, node: env.Node, namespace: env.Self.Namespace, beat: leaseBeat, answer: nodeAnswer, log: env.Log}
-	if a.namespace == "" {
-		a.namespace = metav1.NamespaceDefault
-	}
+	a := nodeActs{kube: env.Kube, node: env.Node, lease: lease{env.Kube, env.Self.Home(), nodeLeaseName, env.Node}, beat: leaseBeat, answer: nodeAnswer, log: env.Log}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -137,7 +126,7 @@ func (a *nodeActs) hold(ctx context.Context, act func(context.Context) error) er
 		return err
 	}
 	actCtx, cancel := context.WithCancelCause(ctx)
-	renewed := make(chan *nodeLease, 1)
+	renewed := make(chan *leaseHeld, 1)
 	go func() { renewed <- a.renew(actCtx, cancel, l) }()
 	if err = a.room(actCtx); err == nil {
 		err = act(actCtx)
@@ -256,62 +245,22 @@ func inForce(node *corev1.Node, note string) bool {
 	})
 }
 
-// nodeLease is the Lease as it was read or written last.
-type nodeLease struct {
-	object *unstructured.Unstructured
-	spec   leaseSpec
-	at     time.Time // when this node last wrote it
-}
-
-// leaseSpec is that of a coordination.k8s.io/v1 Lease.
-type leaseSpec struct {
-	HolderIdentity       string            `json:"holderIdentity,omitempty"`
-	LeaseDurationSeconds int32             `json:"leaseDurationSeconds,omitempty"`
-	AcquireTime          *metav1.MicroTime `json:"acquireTime,omitempty"`
-	RenewTime            *metav1.MicroTime `json:"renewTime,omitempty"`
-	LeaseTransitions     int32             `json:"leaseTransitions,omitempty"`
-}
-
-func (a *nodeActs) leases() dynamic.ResourceInterface {
-	return a.kube.Dynamic().Resource(schema.GroupVersionResource{Group: "coordination.k8s.io", Version: "v1", Resource: "leases"}).Namespace(a.namespace)
-}
-
 // acquire takes the Lease when nobody holds it, or a dead one, or this node: a
 // stoop that was killed in the middle need not wait for itself.
-func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
-	fail := func(err error) (*nodeLease, error) {
-		return nil, fmt.Errorf("take the lease %s/%s: %w", a.namespace, nodeLeaseName, err)
+func (a *nodeActs) acquire(ctx context.Context) (*leaseHeld, error) {
+	fail := func(err error) (*leaseHeld, error) {
+		return nil, fmt.Errorf("take the lease %s: %w", a.lease, err)
 	}
 	answer, cancel := context.WithTimeout(ctx, a.answer)
 	defer cancel()
-	object, err := a.leases().Get(answer, nodeLeaseName, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		// Held by nobody at first: so a right that is missing is found out before
-		// anything is done.
-		object, err = a.leases().Create(answer, &unstructured.Unstructured{Object: map[string]any{
-			"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
-			"metadata": map[string]any{"name": nodeLeaseName, "labels": map[string]any{labelManagedBy: managedBy}},
-			"spec":     map[string]any{},
-		}}, metav1.CreateOptions{})
-		if apierrors.IsAlreadyExists(err) {
-			object, err = a.leases().Get(answer, nodeLeaseName, metav1.GetOptions{})
-		}
-	}
+	l, err := a.lease.read(answer)
 	if err != nil {
 		return fail(err)
-	}
-	l := &nodeLease{object: object}
-	spec, _, err := unstructured.NestedMap(object.Object, "spec")
-	if err == nil {
-		err = runtime.DefaultUnstructuredConverter.FromUnstructured(spec, &l.spec)
-	}
-	if err != nil {
-		return fail(fmt.Errorf("read it: %w", err))
 	}
 	holder := l.spec.HolderIdentity
 	if holder != "" && holder != a.node {
 		wait := min(max(time.Duration(l.spec.LeaseDurationSeconds)*time.Second, 3*a.beat), 12*a.beat)
-		if !a.kube.nodeTurn.dead(object.GetResourceVersion(), wait) {
+		if !a.kube.nodeTurn.dead(l.object.GetResourceVersion(), wait) {
 			// While it is that node's turn, there may be enough with it.
 			if err := a.room(ctx); err != nil {
 				return nil, err
@@ -321,53 +270,18 @@ func (a *nodeActs) acquire(ctx context.Context) (*nodeLease, error) {
 		}
 		a.log.Warn("the holder of the lease has not been heard of: it is taken over", "lease", nodeLeaseName, "holder", holder)
 	}
-	now := metav1.NowMicro()
-	if holder != a.node {
-		l.spec.LeaseTransitions++
-		l.spec.AcquireTime = &now
-	}
-	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = a.node, max(1, int32(3*a.beat/time.Second))
+	a.lease.take(l, 3*a.beat)
 	// A conflict is another node that was faster.
-	if err := a.write(answer, l); err != nil {
+	if err := a.lease.write(answer, l); err != nil {
 		return fail(err)
 	}
 	return l, nil
 }
 
-// write writes the Lease, if nobody else has since it was read.
-func (a *nodeActs) write(ctx context.Context, l *nodeLease) error {
-	at := time.Now()
-	l.spec.RenewTime = &metav1.MicroTime{Time: at}
-	spec, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&l.spec)
-	if err != nil {
-		return err
-	}
-	object := l.object.DeepCopy()
-	object.Object["spec"] = spec
-	written, err := a.leases().Update(ctx, object, metav1.UpdateOptions{})
-	if apierrors.IsConflict(err) {
-		// It may have been this node: a write whose answer was lost.
-		now, again := a.leases().Get(ctx, nodeLeaseName, metav1.GetOptions{})
-		if again != nil {
-			return again
-		}
-		if holder, _, _ := unstructured.NestedString(now.Object, "spec", "holderIdentity"); holder != a.node {
-			return err
-		}
-		object.SetResourceVersion(now.GetResourceVersion())
-		written, err = a.leases().Update(ctx, object, metav1.UpdateOptions{})
-	}
-	if err != nil {
-		return err
-	}
-	l.object, l.at = written, at
-	return nil
-}
-
 // renew keeps the Lease until ctx is done, and ends it itself when the Lease is
 // lost. It returns the Lease as it is then; nil when it is not this node's any
 // more.
-func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l *nodeLease) *nodeLease {
+func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l *leaseHeld) *leaseHeld {
 	next := time.NewTimer(a.beat)
 	defer next.Stop()
 	for {
@@ -377,7 +291,7 @@ func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l 
 		case <-next.C:
 		}
 		answer, done := context.WithDeadline(ctx, l.at.Add(2*a.beat))
-		err := a.write(answer, l)
+		err := a.lease.write(answer, l)
 		done()
 		switch {
 		case ctx.Err() != nil:
@@ -395,14 +309,14 @@ func (a *nodeActs) renew(ctx context.Context, cancel context.CancelCauseFunc, l 
 }
 
 // release lets the next node have its turn. Where that fails, the Lease runs out.
-func (a *nodeActs) release(ctx context.Context, l *nodeLease) {
+func (a *nodeActs) release(ctx context.Context, l *leaseHeld) {
 	if l == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.answer)
 	defer cancel()
-	l.spec.HolderIdentity, l.spec.LeaseDurationSeconds = "", 1
-	if err := a.write(ctx, l); err != nil {
+	a.lease.give(l)
+	if err := a.lease.write(ctx, l); err != nil {
 		a.log.Warn("the lease could not be given back: it runs out by itself", "lease", nodeLeaseName, "after", 3*a.beat, "error", err)
 	}
 }

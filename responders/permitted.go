@@ -94,7 +94,7 @@ func (i Identity) Account() (a Account, ok bool) {
 	if len(f) != 4 || f[0] != "system" || f[1] != "serviceaccount" {
 		return Account{}, false
 	}
-	return Account{f[2], f[3]}, true
+	return Account{Namespace: f[2], Name: f[3]}, true
 }
 
 // WhoAmI asks the API server, from Kubernetes 1.28 on.

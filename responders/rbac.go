@@ -22,7 +22,16 @@ type Planned struct {
 }
 
 // Account is a service account.
-type Account struct{ Namespace, Name string }
+type Account struct {
+	Namespace, Name string
+	AuditEvents     bool // of the stoops that answer audit events, and nothing else
+}
+
+// actsOn reports whether its stoops do steps on such an object: what a node's stoop acts
+// on, the one that answers audit events never does, and the other way round.
+func (a Account) actsOn(o Object) bool {
+	return o == NoObject || a.AuditEvents == (o == ResourceObject)
+}
 
 // user is what the API server calls it.
 func (a Account) user() string { return "system:serviceaccount:" + a.Namespace + ":" + a.Name }
@@ -49,12 +58,12 @@ func (e *Entry) NamespaceField(params json.RawMessage) string {
 
 // Permissions are the least that steps need, by where they need it.
 type Permissions struct {
+	account    Account
 	cluster    grants
 	namespaces map[string]grants
 	own        grants // in stoop's own namespace
 	// What the token's node can be tied to, and what can't.
 	onNode grants
-	beside bool // a step that audit events cause deletes pods, wherever they run
 }
 
 // grants are permissions, and who needs them.
@@ -147,11 +156,16 @@ func (g grants) roles() []role {
 	return out
 }
 
-// Permit is what the steps need. Each of them is one of the entries.
-func Permit(entries []Entry, steps []Planned) (*Permissions, error) {
-	p := &Permissions{cluster: grants{}, namespaces: map[string]grants{}, own: grants{}, onNode: grants{}}
-	p.cluster.add(BaseRBAC(), "stoop itself")
+// Permit is what an account needs for the steps. Each of them is one of the entries.
+func Permit(entries []Entry, a Account, steps []Planned) (*Permissions, error) {
+	p := &Permissions{account: a, cluster: grants{}, namespaces: map[string]grants{}, own: grants{}, onNode: grants{}}
+	p.cluster.add(PauseRBAC(a.Namespace), "stoop itself")
 	p.own.add(OwnRBAC(), "stoop itself")
+	if a.AuditEvents {
+		p.own.add(ElectionRBAC(), "stoop itself")
+	} else {
+		p.cluster.add(BaseRBAC(), "stoop itself")
+	}
 	for _, s := range steps {
 		if err := p.plan(entries, s); err != nil {
 			return nil, err
@@ -170,6 +184,9 @@ func (p *Permissions) plan(entries []Entry, s Planned) error {
 	}
 	e := &entries[i]
 	object := e.objectOf(s.Params)
+	if !p.account.actsOn(object) {
+		return nil
+	}
 	if s.Namespaces != nil && len(s.Namespaces) == 0 && e.NamespaceField(s.Params) != "" {
 		return nil
 	}
@@ -193,10 +210,8 @@ func (p *Permissions) plan(entries []Entry, s Planned) error {
 				p.namespaces[ns].add(one, e.Name)
 			}
 		}
-		if object != ResourceObject {
+		if !p.account.AuditEvents {
 			p.onNode.add(one, e.Name)
-		} else if r.APIGroups[0] == "" && r.Resources[0] == "pods" && slices.Contains(r.Verbs, "delete") {
-			p.beside = true
 		}
 	}
 	if e.Instead != "" {
@@ -254,8 +269,9 @@ func clusterScopedResources() map[string][]string {
 // Write prints the roles, their bindings, and the policies that tie the account to
 // its own node, as YAML that kubectl apply takes. The same permissions are always
 // printed alike.
-func (p *Permissions) Write(w io.Writer, a Account) error {
+func (p *Permissions) Write(w io.Writer) error {
 	var b strings.Builder
+	a := p.account
 	p.writeRole(&b, a, "ClusterRole", "", p.cluster, "In the whole cluster.")
 	for _, ns := range slices.Sorted(maps.Keys(p.namespaces)) {
 		p.writeRole(&b, a, "Role", ns, p.namespaces[ns].without(p.cluster), "In a namespace that rules are limited to.")
@@ -357,9 +373,6 @@ func (p *Permissions) writePolicies(b *strings.Builder, a Account) {
 		about := "Ties stoop's token, which is bound to a pod, to that pod's node: a token that is stolen from one node can't " + t.does + " of another. Needs Kubernetes 1.32."
 		if t.what == "pods" {
 			about += " What admission does not tell the node of can't be tied: " + strings.Join(loose, "; ") + "."
-			if p.beside {
-				about += " It also keeps delete-resource from pods of other nodes than that of the stoop which answers audit events: give that one a service account of its own."
-			}
 		}
 		b.WriteString("---\n")
 		for _, line := range strings.Split(fill(about), "\n") {

@@ -19,16 +19,19 @@ import (
 	"stoop/responders"
 )
 
-var stoop = responders.Account{Namespace: "security", Name: "stoop"}
+var (
+	stoop = responders.Account{Namespace: "security", Name: "stoop"}
+	audit = responders.Account{Namespace: "security", Name: "stoop-audit", AuditEvents: true}
+)
 
 func permit(t testing.TB, a responders.Account, steps ...responders.Planned) []byte {
 	t.Helper()
-	p, err := responders.Permit(responders.All(), steps)
+	p, err := responders.Permit(responders.All(), a, steps)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
-	if err := p.Write(&b, a); err != nil {
+	if err := p.Write(&b); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()
@@ -44,7 +47,7 @@ func step(responder, params string, namespaces ...string) responders.Planned {
 
 // What is printed for some rules, whole: see testdata/rbac.yaml.
 func TestDocsRBAC(t *testing.T) {
-	got := permit(t, stoop,
+	steps := []responders.Planned{
 		step("event", "", "shop", "web"),
 		step("label-pod", `{"labels":{"suspect":"yes"}}`, "shop", "web"),
 		step("delete-pod", "", "web", "shop"),
@@ -53,7 +56,9 @@ func TestDocsRBAC(t *testing.T) {
 		step("file", `{"path":"x"}`),
 		step("delete-resource", `{"kinds":["secrets","roles.rbac.authorization.k8s.io"]}`, "shop"),
 		step("revoke-access", `{"bind":["ClusterRole/view"]}`, "shop"),
-	)
+	}
+	got := append(permit(t, stoop, steps...), "---\n# And of those that answer audit events.\n"...)
+	got = append(got, permit(t, audit, steps...)...)
 	const golden = "testdata/rbac.yaml"
 	if *update {
 		if err := os.WriteFile(golden, got, 0o644); err != nil {
@@ -139,21 +144,22 @@ func (o rbacObjects) grants(role, verb, group, resource string) bool {
 
 // Each permission is only where it is needed.
 func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
-	const cluster, core, network, rbac = "ClusterRole ", "", "networking.k8s.io", rbacv1.GroupName
+	const cluster, core, network, rbac, leases = "ClusterRole ", "", "networking.k8s.io", rbacv1.GroupName, "coordination.k8s.io"
 	type want struct {
 		role, verb, group, resource string
 		granted                     bool
 	}
 	for _, tt := range []struct {
 		name  string
+		audit bool
 		steps []responders.Planned
 		roles []string // besides the ClusterRole and that of stoop's own namespace
 		want  []want
 	}{
-		{"nothing but telling", []responders.Planned{step("file", `{"path":"x"}`)}, nil, []want{
+		{"nothing but telling", false, []responders.Planned{step("file", `{"path":"x"}`)}, nil, []want{
 			{cluster, "watch", core, "pods", true}, {cluster, "delete", core, "pods", false},
 		}},
-		{"in two namespaces", []responders.Planned{step("delete-pod", "", "a", "b")}, []string{"Role a", "Role b"}, []want{
+		{"in two namespaces", false, []responders.Planned{step("delete-pod", "", "a", "b")}, []string{"Role a", "Role b"}, []want{
 			{"Role a", "delete", core, "pods", true},
 			{"Role b", "delete", core, "pods", true},
 			{cluster, "delete", core, "pods", false},
@@ -163,26 +169,26 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 			{"Role a", "create", network, "networkpolicies", true},
 			{cluster, "create", network, "networkpolicies", false},
 		}},
-		{"in one and in all", []responders.Planned{step("delete-pod", "", "a"), step("delete-pod", "")}, nil, []want{
+		{"in one and in all", false, []responders.Planned{step("delete-pod", "", "a"), step("delete-pod", "")}, nil, []want{
 			{cluster, "delete", core, "pods", true}, {cluster, "create", network, "networkpolicies", true},
 		}},
-		{"only in protected ones", []responders.Planned{{Responder: "delete-pod", Namespaces: []string{}}}, nil, []want{
+		{"only in protected ones", false, []responders.Planned{{Responder: "delete-pod", Namespaces: []string{}}}, nil, []want{
 			{cluster, "delete", core, "pods", false},
 		}},
-		{"a node is in no namespace", []responders.Planned{{Responder: "cordon-node", Namespaces: []string{"a"}}}, []string{"Role security"}, []want{
+		{"a node is in no namespace", false, []responders.Planned{{Responder: "cordon-node", Namespaces: []string{"a"}}}, []string{"Role security"}, []want{
 			{cluster, "patch", core, "nodes", true}, {"Role security", "update", "coordination.k8s.io", "leases", true}, {cluster, "update", "coordination.k8s.io", "leases", false},
 		}},
-		{"kinds of the parameters", []responders.Planned{step("delete-resource", `{"kinds":["secrets","deployments.apps"]}`)}, nil, []want{
+		{"kinds of the parameters", true, []responders.Planned{step("delete-resource", `{"kinds":["secrets","deployments.apps"]}`)}, nil, []want{
 			{cluster, "delete", core, "secrets", true}, {cluster, "delete", "apps", "deployments", true}, {cluster, "delete", core, "configmaps", false}, {cluster, "list", core, "secrets", false},
 		}},
-		{"an audit event of one namespace", []responders.Planned{step("delete-resource", `{"kinds":["secrets","clusterroles.rbac.authorization.k8s.io"]}`, "a")}, []string{"Role a"}, []want{
+		{"an audit event of one namespace", true, []responders.Planned{step("delete-resource", `{"kinds":["secrets","clusterroles.rbac.authorization.k8s.io"]}`, "a")}, []string{"Role a"}, []want{
 			{"Role a", "delete", core, "secrets", true},
 			{cluster, "delete", core, "secrets", false},
 			// What has a namespace is no ClusterRole.
 			{cluster, "delete", rbac, "clusterroles", false},
 			{"Role a", "delete", rbac, "clusterroles", false},
 		}},
-		{"revoke the rights that the alert names", []responders.Planned{step("revoke-access", "")}, nil, []want{
+		{"revoke the rights that the alert names", true, []responders.Planned{step("revoke-access", "")}, nil, []want{
 			{cluster, "delete", rbac, "clusterrolebindings", true},
 			{cluster, "delete", rbac, "rolebindings", true},
 			{cluster, "list", rbac, "rolebindings", false},
@@ -190,19 +196,33 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 			{cluster, "patch", rbac, "rolebindings", false},
 			{cluster, "bind", rbac, "clusterroles", false},
 		}},
-		{"and give them back", []responders.Planned{step("revoke-access", `{"bind":["ClusterRole/view"]}`, "a")}, []string{"Role a"}, []want{
+		{"and give them back", true, []responders.Planned{step("revoke-access", `{"bind":["ClusterRole/view"]}`, "a")}, []string{"Role a"}, []want{
 			{"Role a", "create", rbac, "rolebindings", true}, {"Role a", "bind", rbac, "clusterroles", true}, {cluster, "bind", rbac, "clusterroles", false},
 		}},
-		{"revoke a pod's rights", []responders.Planned{step("revoke-access", `{"from":"pod"}`, "a")}, nil, []want{
+		{"revoke a pod's rights", false, []responders.Planned{step("revoke-access", `{"from":"pod"}`, "a")}, nil, []want{
 			// They may be in any namespace.
 			{cluster, "list", rbac, "rolebindings", true}, {cluster, "delete", rbac, "clusterrolebindings", true},
 		}},
-		{"revoke a pod's rights in its namespace", []responders.Planned{step("revoke-access", `{"from":"pod","namespaces":"own"}`, "a")}, []string{"Role a"}, []want{
+		{"revoke a pod's rights in its namespace", false, []responders.Planned{step("revoke-access", `{"from":"pod","namespaces":"own"}`, "a")}, []string{"Role a"}, []want{
 			{"Role a", "list", rbac, "rolebindings", true}, {cluster, "list", rbac, "rolebindings", false}, {cluster, "list", rbac, "clusterrolebindings", true},
+		}},
+		// What the one acts on, the other never does.
+		{"an audit event on a node", false, []responders.Planned{step("delete-resource", `{"kinds":["secrets"]}`), step("revoke-access", ""), step("delete-pod", "")}, nil, []want{
+			{cluster, "delete", core, "secrets", false}, {cluster, "delete", rbac, "clusterrolebindings", false}, {cluster, "delete", core, "pods", true},
+			{"Role security", "update", leases, "leases", false},
+		}},
+		{"a node's alert beside audit events", true, []responders.Planned{step("delete-resource", `{"kinds":["secrets"]}`), step("delete-pod", ""), step("cordon-node", ""), step("capture-logs", "")}, nil, []want{
+			{cluster, "delete", core, "secrets", true}, {cluster, "delete", core, "pods", false}, {cluster, "list", core, "pods", false}, {cluster, "patch", core, "nodes", false},
+			{cluster, "get", core, "pods/log", false}, {cluster, "watch", core, "namespaces", true},
+			{"Role security", "update", leases, "leases", true}, {"Role security", "create", leases, "leases", true},
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := readRBAC(t, permit(t, stoop, tt.steps...), stoop)
+			account := stoop
+			if tt.audit {
+				account = audit
+			}
+			o := readRBAC(t, permit(t, account, tt.steps...), account)
 			for _, w := range tt.want {
 				if got := o.grants(w.role, w.verb, w.group, w.resource); got != w.granted {
 					t.Errorf("%s, %s %s.%s: %t; the roles are %v", w.role, w.verb, w.resource, w.group, got, o.roles)
@@ -224,7 +244,7 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 
 // The bind that lets stoop give roles is for those named alone.
 func TestBindIsForTheRolesNamed(t *testing.T) {
-	o := readRBAC(t, permit(t, stoop, step("revoke-access", `{"bind":["ClusterRole/view","Role/deployer"]}`)), stoop)
+	o := readRBAC(t, permit(t, audit, step("revoke-access", `{"bind":["ClusterRole/view","Role/deployer"]}`)), audit)
 	n := 0
 	for _, rules := range o.roles {
 		for _, r := range rules {
@@ -260,9 +280,6 @@ func TestPoliciesTieWhatIsGranted(t *testing.T) {
 		{"containers", []responders.Planned{step("debug-pod", `{"image":"a"}`)}, []string{pods}, "UPDATE", "pods/ephemeralcontainers", "", ""},
 		{"nodes", []responders.Planned{step("label-node", `{"labels":{"a":"b"}}`)}, []string{nodes}, "", "", "", ""},
 		{"what can't be tied is said", []responders.Planned{step("label-pod", `{"labels":{"a":"b"}}`), step("evict-pod", ""), step("exec-in-pod", `{"command":["id"]}`), step("capture-logs", "")}, []string{pods}, "UPDATE", "pods", "evictions (pods/eviction); commands in containers (pods/exec); reading logs", ""},
-		// They are of pods anywhere.
-		{"audit events", []responders.Planned{step("delete-resource", `{"kinds":["pods"]}`)}, nil, "", "", "", "Ties"},
-		{"audit events beside others", []responders.Planned{step("delete-resource", `{"kinds":["pods"]}`), step("delete-pod", "")}, []string{pods}, "DELETE,UPDATE", "pods", "give that one a service account", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			printed := permit(t, stoop, tt.steps...)
@@ -298,6 +315,13 @@ func TestPoliciesTieWhatIsGranted(t *testing.T) {
 	}
 }
 
+// What audit events name runs on any node.
+func TestNothingTiesAuditEvents(t *testing.T) {
+	if o := readRBAC(t, permit(t, audit, step("delete-resource", `{"kinds":["pods"]}`), step("delete-pod", "")), audit); len(o.policies) > 0 {
+		t.Errorf("the policies are %v", o.policies)
+	}
+}
+
 // The same permissions are printed alike, in whatever order the rules have them.
 func TestPermissionsArePrintedAlike(t *testing.T) {
 	steps := []responders.Planned{
@@ -314,7 +338,7 @@ func TestPermissionsArePrintedAlike(t *testing.T) {
 }
 
 func TestAResponderThatIsNotThere(t *testing.T) {
-	if _, err := responders.Permit(responders.All(), []responders.Planned{step("delete-pdo", "")}); err == nil {
+	if _, err := responders.Permit(responders.All(), stoop, []responders.Planned{step("delete-pdo", "")}); err == nil {
 		t.Error("it is taken")
 	}
 }

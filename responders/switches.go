@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"stoop/broker"
@@ -18,6 +19,7 @@ func (h *Host) Dump() map[string][]byte {
 	h.undos.dump(all)
 	h.approvals.dump(all)
 	put(all, keyPause, h.pause.Load())
+	put(all, keyClusterPause, h.clusterPause.Load())
 	put(all, keyEnforced, h.enforced.Load())
 	return all
 }
@@ -53,22 +55,128 @@ type Pause struct {
 	Actor   string    `json:"actor,omitempty"`
 }
 
+// PausedCluster is the pause of all stoops of the cluster, as this one sees it. Its
+// actor is what the annotation says.
+type PausedCluster struct {
+	Pause
+	Namespace string `json:"namespace"`         // whose annotation it is
+	Problem   string `json:"problem,omitempty"` // why that can't be read now: what was seen last holds
+}
+
 const (
-	keyPause    = "pause"
-	keyEnforced = "enforced"
+	keyPause        = "pause"
+	keyClusterPause = "pause-cluster"
+	keyEnforced     = "enforced"
 )
 
 func (h *Host) loadPause(ctx context.Context) error {
-	p := &Pause{}
-	if _, err := h.Broker.State().Get(ctx, keyPause, p); err != nil {
-		return err
+	for key, to := range map[string]*atomic.Pointer[Pause]{keyPause: &h.pause, keyClusterPause: &h.clusterPause} {
+		p := &Pause{}
+		if _, err := h.Broker.State().Get(ctx, key, p); err != nil {
+			return err
+		}
+		to.Store(p)
 	}
-	h.pause.Store(p)
+	if h.Cluster != nil {
+		// A store that is gone back to may be behind what this process has seen.
+		if paused, why, known, _ := h.Cluster.last(); known {
+			h.seeCluster(paused, why)
+		}
+	}
 	return nil
 }
 
-// Paused is whether acting is stopped.
+// Paused is whether acting is stopped on this node, by a person who asked this
+// stoop. See [Host.PausedCluster] for the other reason.
 func (h *Host) Paused() Pause { return *h.pause.Load() }
+
+// PausedCluster is whether acting is stopped on all nodes; nil without a cluster.
+func (h *Host) PausedCluster() *PausedCluster {
+	if h.Cluster == nil {
+		return nil
+	}
+	return &PausedCluster{Pause: *h.clusterPause.Load(), Namespace: h.Cluster.Namespace, Problem: h.Cluster.problem()}
+}
+
+// followCluster does what the annotation says, until ctx is done.
+func (h *Host) followCluster(ctx context.Context) {
+	if h.Cluster == nil {
+		return
+	}
+	unstored := true // what an earlier store has, this one may lack
+	for {
+		paused, why, known, changed := h.Cluster.last()
+		if known {
+			unstored = h.seeCluster(paused, why) || unstored
+		}
+		again := make(<-chan time.Time)
+		if unstored {
+			err := h.Broker.State().Put(ctx, keyClusterPause, h.clusterPause.Load(), 0)
+			if unstored = err != nil; unstored && ctx.Err() == nil {
+				h.Log.Error("the cluster's pause could not be stored: it holds for now, but not over a restart while the API server is away", "error", err)
+				again = time.After(pauseStore)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-again:
+		}
+	}
+}
+
+// seeCluster pauses or goes on, as the annotation says, and reports whether that is
+// new.
+func (h *Host) seeCluster(paused bool, why string) bool {
+	p := *h.clusterPause.Load()
+	was := p.Paused
+	if was == paused && (!paused || p.Actor == why) {
+		return false
+	}
+	now := time.Now().UTC()
+	p.Paused = paused
+	switch {
+	case paused && !was:
+		p.Since, p.Actor = now, why
+	case paused:
+		p.Actor = why
+	default:
+		p.Resumed = now
+	}
+	h.clusterPause.Store(&p)
+	if paused {
+		h.Log.Warn("acting is paused on every node of the cluster", "namespace", h.Cluster.Namespace, "annotation", pauseAnnotation, "why", why)
+		return true
+	}
+	h.Log.Warn("acting is resumed on every node of the cluster", "namespace", h.Cluster.Namespace)
+	h.wakeKeeper()
+	return true
+}
+
+// wakeKeeper has it looked at what was done on the node before a pause.
+func (h *Host) wakeKeeper() {
+	select {
+	case h.resumed <- struct{}{}:
+	default:
+	}
+}
+
+// stopped is the pause that holds now and how it is lifted, or "".
+func (h *Host) stopped() string {
+	if p := h.pause.Load(); p.Paused {
+		return fmt.Sprintf("paused by %s since %s", p.Actor, p.Since.Format(time.RFC3339))
+	}
+	if p := h.clusterPause.Load(); p.Paused && h.Cluster != nil {
+		said := ""
+		if p.Actor != "" {
+			said = fmt.Sprintf(": %q", p.Actor)
+		}
+		return fmt.Sprintf("every node of the cluster is paused since %s by the annotation %s of namespace %s%s",
+			p.Since.Format(time.RFC3339), pauseAnnotation, h.Cluster.Namespace, said)
+	}
+	return ""
+}
 
 // OpenBreakers is how many breakers hold harmful steps back.
 func (h *Host) OpenBreakers() int { return h.ledger.openBreakers(time.Now()) }
@@ -90,10 +198,7 @@ func (h *Host) SetPause(ctx context.Context, paused bool, actor string) (Pause, 
 	}
 	h.pause.Store(&p)
 	if !paused {
-		select {
-		case h.resumed <- struct{}{}:
-		default:
-		}
+		h.wakeKeeper()
 	}
 	h.Log.Warn("acting is "+map[bool]string{true: "paused", false: "resumed"}[paused], "actor", actor)
 	if err := h.Broker.State().Put(ctx, keyPause, p, 0); err != nil {
@@ -104,12 +209,14 @@ func (h *Host) SetPause(ctx context.Context, paused bool, actor string) (Pause, 
 
 // paused is why a step must not be done for a pause's sake, or "".
 func (h *Host) paused(s *broker.Step) string {
-	p := h.pause.Load()
-	switch {
-	case p.Paused:
-		return fmt.Sprintf("paused by %s since %s", p.Actor, p.Since.Format(time.RFC3339))
-	case s.Since().Before(p.Resumed):
+	if why := h.stopped(); why != "" {
+		return why
+	}
+	if p := h.pause.Load(); s.Since().Before(p.Resumed) {
 		return fmt.Sprintf("the alert came while stoop was paused (until %s)", p.Resumed.Format(time.RFC3339))
+	}
+	if p := h.clusterPause.Load(); s.Since().Before(p.Resumed) {
+		return fmt.Sprintf("the alert came while every node of the cluster was paused (until %s)", p.Resumed.Format(time.RFC3339))
 	}
 	return ""
 }

@@ -79,7 +79,7 @@ func startRig(t harness.T, s settings) *rig {
 	if s.Bare || s.Chart != nil {
 		return r
 	}
-	rbac := responders.BaseRBAC()
+	rbac := append(responders.BaseRBAC(), responders.PauseRBAC("default")...)
 	for _, e := range responders.All() {
 		rbac = append(rbac, e.RBAC...)
 	}

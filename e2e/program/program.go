@@ -184,6 +184,12 @@ func (s *Stoop) get(path string) (status int, body string) {
 	return resp.StatusCode, strings.TrimSpace(string(b))
 }
 
+// Readyz is whether it says that it is ready, and what it says.
+func (s *Stoop) Readyz() (ready bool, says string) {
+	status, body := s.get("/readyz")
+	return status == http.StatusOK, body
+}
+
 // Metric is the sum of all samples of a metric, or 0 when there is none.
 func (s *Stoop) Metric(name string) float64 {
 	s.t.Helper()

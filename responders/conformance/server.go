@@ -662,6 +662,9 @@ func matches(o object, c call, r *http.Request) bool {
 		spec, _ := o["spec"].(object)
 		return text(spec, "nodeName") == node
 	}
+	if name, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "metadata.name="); ok {
+		return text(meta(o), "name") == name
+	}
 	if uid, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "involvedObject.uid="); ok {
 		about, _ := o["involvedObject"].(object)
 		return text(about, "uid") == uid

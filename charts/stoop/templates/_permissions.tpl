@@ -61,7 +61,8 @@ the two together.
 {{- $responder := get $data.responders .responder -}}
 {{- $object := $responder.object | default "" -}}
 {{- if include "stoop.holds" (dict "when" $responder.podWhen "params" .params "defaults" $responder.defaults) -}}{{- $object = "pod" -}}{{- end -}}
-{{- if not (and .limited (not .namespaces) $object) -}}
+{{- /* What audit events name, no node's stoop acts on. */ -}}
+{{- if not (or (eq $object "resource") (and .limited (not .namespaces) $object)) -}}
 {{- $everywhere := or (not .limited) (not $object) (include "stoop.holds" (dict "when" $responder.everywhere "params" .params "defaults" $responder.defaults)) -}}
 {{- $expanded := dict "rules" list -}}
 {{- range $responder.rules -}}
@@ -83,9 +84,7 @@ the two together.
 {{- include "stoop.grant" (merge (dict "to" (get $into.namespaces .)) $grant) -}}
 {{- end -}}
 {{- end -}}
-{{- if ne $object "resource" -}}
 {{- include "stoop.grant" (merge (dict "to" $into.onNode) $grant) -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if $responder.instead -}}
@@ -109,10 +108,16 @@ the two together.
 {{- include "stoop.expand" (dict "into" $expanded "rule" . "params" dict) -}}
 {{- range $expanded.rules -}}{{- include "stoop.grant" (merge (dict "to" $into.own "by" "stoop itself") .) -}}{{- end -}}
 {{- end -}}
+{{- /* The annotation that pauses every node: docs/operations.md. */ -}}
+{{- include "stoop.grant" (dict "to" $into.cluster "group" "" "resource" "namespaces" "names" (list .root.Release.Namespace) "verbs" (list "get" "list" "watch") "by" "stoop itself") -}}
 {{- $protected := append (dig "guard" "protect" "namespaces" list .root.Values.config) .root.Release.Namespace -}}
 {{- range $rule := .rules -}}
 {{- $fields := dig "match" "fields" dict $rule -}}
-{{- range $action := $rule.actions -}}
+{{- $sources := dig "match" "source" list $rule -}}
+{{- if not (kindIs "slice" $sources) -}}{{- $sources = list $sources -}}{{- end -}}
+{{- $nodes := not $sources -}}
+{{- range $sources -}}{{- if ne . "k8s_audit" -}}{{- $nodes = true -}}{{- end -}}{{- end -}}
+{{- range $action := ternary $rule.actions list $nodes -}}
 {{- $name := "" -}}
 {{- $params := dict -}}
 {{- if kindIs "string" $action -}}

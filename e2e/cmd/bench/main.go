@@ -102,7 +102,7 @@ func (b *bench) setUp() {
 
 func (b *bench) startCluster() {
 	b.cluster = kube.StartWithoutAudit(b)
-	rules := responders.BaseRBAC()
+	rules := append(responders.BaseRBAC(), responders.PauseRBAC("default")...)
 	for _, r := range responders.All() {
 		rules = append(rules, r.RBAC...)
 	}
