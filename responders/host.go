@@ -551,6 +551,9 @@ func (h *Host) spare(ctx context.Context, r *running, req *Request, why *spareEr
 func (h *Host) unanswered(o broker.Outcome, s *broker.Step) {
 	switch o.Status {
 	case broker.Failed, broker.Refused, broker.Expired:
+		if !h.ledger.tellOnce("nothing\x00"+s.Rule+"\x00"+o.Target.Namespace, time.Now()) {
+			return
+		}
 		h.Tell("nothing was done", fmt.Sprintf("rule %s: %s of %s ended as %s: %s", s.Rule, s.Responder, describe(o.Target), o.Status, o.Reason))
 	}
 }

@@ -83,8 +83,10 @@ func TestWhereTheGentlerOneFails(t *testing.T) {
 	harsh := &stub{do: func(int, *Request) (Result, error) { return Result{}, Spare("last", "it is the last one") }}
 	gentle := &stub{do: func(int, *Request) (Result, error) { return Result{}, errors.New("missing permission") }}
 	b := gentleBench(t, harsh, gentle).start()
-	b.publish(b.step("harsh"))
-	b.outcomes(2)
+	for n := range 2 {
+		b.publish(b.step("harsh"))
+		b.outcomes(2 * (n + 1))
+	}
 	b.stop()
 	if len(b.told) != 2 || b.told[1] != "nothing was done" {
 		t.Errorf("people were told %q", b.told)
@@ -107,8 +109,18 @@ func TestAuditTellsWhatWouldBeSpared(t *testing.T) {
 		b := gentleBench(t, harsh, &stub{})
 		b.config.Guards.Mode = broker.Audit
 		b.start()
-		b.publish(b.step("harsh"))
+		s := b.step("harsh")
+		b.publish(s)
 		o := b.outcomes(1)[0]
+		// It rehearses the cooldown too.
+		again := b.step("harsh")
+		again.Target = s.Target
+		b.publish(again)
+		for _, o := range b.outcomes(2) {
+			if o.ID == again.ID && strings.HasPrefix(o.Reason, "cooldown") != (c.status != broker.Refused) {
+				t.Errorf("%v, again: %s (%s)", c.foresee, o.Status, o.Reason)
+			}
+		}
 		if o.Status != c.status || !strings.Contains(o.Reason, c.reason) || harsh.calls() != 0 {
 			t.Errorf("%v: %s (%s), acted %d times", c.foresee, o.Status, o.Reason, harsh.calls())
 		}

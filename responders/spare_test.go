@@ -483,6 +483,61 @@ func TestTwoAtOnce(t *testing.T) {
 			}
 		}
 	})
+	// A rollout: each is its ReplicaSet's only one.
+	t.Run("of two ReplicaSets", func(t *testing.T) {
+		for range 10 {
+			m := newMember(t, "delete-pod")
+			_, rs := m.deployment(2)
+			next := rs.DeepCopy()
+			next.ObjectMeta = metav1.ObjectMeta{Name: "web-8e5", OwnerReferences: rs.OwnerReferences}
+			next.Spec.Selector = &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web", "pod-template-hash": "8e5"}}
+			next, err := m.admin.AppsV1().ReplicaSets("shop").Create(t.Context(), next, metav1.CreateOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			pods := []*corev1.Pod{m.of("web-1", rs, "ReplicaSet", nil), m.of("web-2", next, "ReplicaSet", nil)}
+			if err := m.admin.CoreV1().Pods("shop").Delete(t.Context(), "web-0", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
+				t.Fatal(err)
+			}
+			var both sync.WaitGroup
+			for _, pod := range pods {
+				req := m.request("s1", "")
+				req.Pod, req.Step.Received = pod, time.Now()
+				both.Go(func() { _, _ = m.Act(t.Context(), req) })
+			}
+			both.Wait()
+			if a, b := m.goes(pods[0]), m.goes(pods[1]); a == b {
+				t.Fatalf("the one goes: %t, the other: %t", a, b)
+			}
+		}
+	})
+	// The mark is for the very pod: one that went is gone, and its replacement is let be.
+	t.Run("the pod went before it was marked", func(t *testing.T) {
+		for _, replaced := range []bool{false, true} {
+			m := newMember(t, "delete-pod")
+			_, rs := m.deployment(2)
+			m.of("web-1", rs, "ReplicaSet", func(p *corev1.Pod) { p.Spec.NodeName = "other" })
+			m.before = func(req *http.Request) {
+				if req.Method != http.MethodPatch {
+					return
+				}
+				if err := m.admin.CoreV1().Pods("shop").Delete(t.Context(), "web-0", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
+					t.Error(err)
+				}
+				if replaced {
+					m.newPod("web-0")
+				}
+			}
+			if status, reason := m.try(""); status != broker.Nothing {
+				t.Errorf("replaced %t: %s (%s)", replaced, status, reason)
+			}
+			for _, p := range m.pods() {
+				if p.Name == "web-0" && (p.DeletionTimestamp != nil || len(p.Annotations) > 0) {
+					t.Errorf("the replacement was touched: %+v", p.ObjectMeta)
+				}
+			}
+		}
+	})
 	t.Run("no mark where nobody else counts", func(t *testing.T) {
 		m := newMember(t, "delete-pod")
 		_, rs := m.deployment(2)
@@ -540,6 +595,21 @@ func TestTwoAtOnce(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A workload of very many pods is read a page at a time, to the end if need be.
+func TestManyPods(t *testing.T) {
+	m := newMember(t, "delete-pod")
+	_, rs := m.deployment(200)
+	for i := range 120 {
+		m.of(fmt.Sprintf("web-%03d", i), rs, "ReplicaSet", func(p *corev1.Pod) {
+			if i < 118 {
+				p.Status.Conditions = nil
+			}
+		})
+	}
+	m.wantSpared("maxUnavailable: 197", "2 of the 200 replicas")
+	m.wantGone("maxUnavailable: 198")
 }
 
 func TestSparingParameters(t *testing.T) {

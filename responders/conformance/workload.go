@@ -32,6 +32,35 @@ func Workloads() []Case {
 			},
 		},
 		{
+			// With nothing said in the rule: another pod is healthy.
+			Name: "delete-pod of a workload", Responder: "delete-pod",
+			Prepare: func(t testing.TB, w World, pod *corev1.Pod) map[string]any {
+				_, rs := MakeDeployment(t, w.Admin(), pod.Namespace, "web", 2)
+				Control(t, w.Admin(), pod, rs, "ReplicaSet")
+				other, err := w.Admin().CoreV1().Pods(pod.Namespace).Create(t.Context(), &corev1.Pod{
+					ObjectMeta: metav1.ObjectMeta{Name: "web-other"},
+					Spec:       corev1.PodSpec{NodeName: pod.Spec.NodeName, Containers: []corev1.Container{{Name: "main", Image: "example.com/main:1"}}},
+				}, metav1.CreateOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				other = Control(t, w.Admin(), other, rs, "ReplicaSet")
+				other.Status = corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}
+				if _, err := w.Admin().CoreV1().Pods(pod.Namespace).UpdateStatus(t.Context(), other, metav1.UpdateOptions{}); err != nil {
+					t.Fatal(err)
+				}
+				return nil
+			},
+			Done: func(t testing.TB, w World, pod *corev1.Pod) {
+				if now := PodNow(t, w, pod); now != nil && now.DeletionTimestamp == nil {
+					t.Error("the pod is not being deleted")
+				}
+				if other, err := w.Admin().CoreV1().Pods(pod.Namespace).Get(t.Context(), "web-other", metav1.GetOptions{}); err != nil || other.DeletionTimestamp != nil {
+					t.Errorf("the other pod: %+v, %v", other, err)
+				}
+			},
+		},
+		{
 			Responder: "quarantine-pod",
 			Prepare: func(t testing.TB, w World, pod *corev1.Pod) map[string]any {
 				_, rs := MakeDeployment(t, w.Admin(), pod.Namespace, "web", 3)
