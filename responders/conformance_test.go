@@ -294,7 +294,12 @@ func killable(t testing.TB) *conformance.Suspect {
 func TestConformance(t *testing.T) {
 	for _, c := range conformanceCases() {
 		c.World = world
-		t.Run(cmp.Or(c.Name, c.Responder), func(t *testing.T) { conformance.Run(t, c) })
+		t.Run(cmp.Or(c.Name, c.Responder), func(t *testing.T) {
+			if c.Suspect == nil {
+				t.Parallel()
+			}
+			conformance.Run(t, c)
+		})
 	}
 }
 

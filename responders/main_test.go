@@ -2,6 +2,7 @@ package responders
 
 import (
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -31,6 +32,11 @@ func TestMain(m *testing.M) {
 			_, _ = os.Stdin.Read(make([]byte, 1)) // to its end
 			os.Exit(0)
 		}
+	}
+	// Tests that run beside each other mostly wait, for the servers of their own.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
 	}
 	os.Exit(m.Run())
 }
