@@ -113,10 +113,13 @@ type Broker struct {
 
 // Lock takes the data folder for this process, for as long as it lives, and
 // makes it if it is missing. The broker's own lock is another: it goes with each
-// broker.
+// broker. A folder that a newer stoop has written it leaves alone: [ErrNewer].
 func Lock(dir string) (release func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("data folder (set data, or --data): %w", err)
+	}
+	if err := checkFormat(dir); err != nil {
+		return nil, err
 	}
 	f, err := flock(filepath.Join(dir, "run.lock"))
 	if err != nil {
@@ -213,9 +216,17 @@ func (b *Broker) prepareDir() (string, error) {
 	if err := os.MkdirAll(b.cfg.Dir, 0o700); err != nil {
 		return "", fmt.Errorf("data folder: %w", err)
 	}
-	var err error
+	err := checkFormat(b.cfg.Dir)
+	if err != nil {
+		return "", err
+	}
 	if b.lock, err = flock(filepath.Join(b.cfg.Dir, "lock")); err != nil {
 		return "", err
+	}
+	if !b.cfg.Memory { // the disk may refuse that too
+		if err := markFormat(b.cfg.Dir); err != nil {
+			return "", err
+		}
 	}
 	// Both folders are made while there is room: the one for memory is needed
 	// when there is none.

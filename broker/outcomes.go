@@ -42,6 +42,9 @@ func (b *Broker) outcomes(ctx context.Context, since time.Time, each func(jetstr
 // CopyStore copies the files of some streams, and of STATE, from one data folder to
 // another, to be opened with ReadOnly.
 func CopyStore(to, from string, streams ...string) error {
+	if err := checkFormat(from); err != nil {
+		return err
+	}
 	const all = "store/jetstream/$G/streams"
 	for _, s := range append(streams, "KV_"+BucketState) {
 		src := filepath.Join(from, all, s)
