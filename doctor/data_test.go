@@ -58,7 +58,7 @@ func TestDataOnABadDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	found = examine(t, c, "data")
-	has(t, found, Missing, "read-only")
+	has(t, found, Missing, "is mounted read-only")
 	has(t, found, Missing, "may not write", "read-only file system")
 }
 
