@@ -247,13 +247,16 @@ const maxPayload = 4 << 20
 
 func (b *Broker) startServer(store string) error {
 	opts := &server.Options{
-		ServerName:         "stoop",
-		DontListen:         true,
-		NoSigs:             true,
-		NoSystemAccount:    true,
-		JetStream:          true,
-		StoreDir:           store,
-		JetStreamMaxStore:  b.cfg.AlertsSize + b.cfg.OutcomesSize + b.cfg.MatchedSize + actionsSize + stateSize + 64<<20,
+		ServerName:      "stoop",
+		DontListen:      true,
+		NoSigs:          true,
+		NoSystemAccount: true,
+		JetStream:       true,
+		StoreDir:        store,
+		// Each stream has a bound of its own. One over all would keep the server
+		// from opening what was stored with larger bounds, or by a stoop that has
+		// more streams.
+		JetStreamMaxStore:  math.MaxInt64,
 		JetStreamMaxMemory: b.cfg.AlertsSize + b.cfg.OutcomesSize + actionsSize + stateSize,
 		SyncInterval:       serverSync,
 		SyncAlways:         b.cfg.SyncAlways,
@@ -268,9 +271,6 @@ func (b *Broker) startServer(store string) error {
 			{Username: userCall, Password: b.secret, Permissions: callPermissions(b.calls.inbox, b.cfg.Mirror)},
 			{Username: userLocal, Password: b.guest, Permissions: clientPermissions(b.cfg.Mirror)},
 		},
-	}
-	if b.cfg.ReadOnly {
-		opts.JetStreamMaxStore = math.MaxInt64 // as much as there was
 	}
 	if err := b.cfg.Listen.apply(opts, b.cfg.Mirror); err != nil {
 		return err

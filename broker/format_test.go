@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 func openIn(t *testing.T, dir string) (*Broker, error) {
@@ -110,6 +112,50 @@ func TestNewerFormat(t *testing.T) {
 			t.Errorf("the state is %q, %v, %v", got, ok, err)
 		}
 		b.Close()
+	}
+}
+
+// What was stored with larger bounds, and by a stoop that had a stream more, is
+// opened, and what this stoop does not know of stays.
+func TestStoreOfAnother(t *testing.T) {
+	dir := t.TempDir()
+	b, err := Open(t.Context(), Config{Dir: dir, AlertsSize: 4 << 30, OutcomesSize: 2 << 30})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.State().Put(t.Context(), "kept", "still here", 0); err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.js.CreateStream(t.Context(), jetstream.StreamConfig{
+		Name: "OF_A_NEWER", Subjects: []string{"stoop.of.a.newer"}, MaxBytes: 8 << 30, Storage: jetstream.FileStorage,
+	})
+	if err == nil {
+		_, err = b.js.Publish(t.Context(), "stoop.of.a.newer", []byte("kept too"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+
+	if b, err = openIn(t, dir); err != nil {
+		t.Fatal(err)
+	}
+	var got string
+	if ok, err := b.State().Get(t.Context(), "kept", &got); err != nil || !ok || got != "still here" {
+		t.Errorf("the state is %q, %v, %v", got, ok, err)
+	}
+	b.Close()
+
+	if b, err = openIn(t, dir); err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	s, err := b.js.Stream(t.Context(), "OF_A_NEWER")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := s.GetMsg(t.Context(), 1); err != nil || string(m.Data) != "kept too" {
+		t.Errorf("what the newer one stored: %v, %v", m, err)
 	}
 }
 
