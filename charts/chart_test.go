@@ -88,6 +88,7 @@ func falcoReads(t *testing.T, r *rendered, pod *corev1.PodSpec) {
 		t.Fatal(err)
 	}
 	config.check(t, pipeOf(t, r))
+	doctor(t, data["falco.yaml"], pipeOf(t, r))
 	if config.FileOutput.Filename != container(pod, "hold").Args[0] {
 		t.Errorf("Falco writes to %s, held is %s", config.FileOutput.Filename, container(pod, "hold").Args)
 	}
@@ -114,6 +115,19 @@ func falcoReads(t *testing.T, r *rendered, pod *corev1.PodSpec) {
 		if name != "falco.yaml" && !files[name] {
 			t.Errorf("Falco does not read %s", name)
 		}
+	}
+}
+
+// doctor has stoop doctor look at a falco.yaml: nothing may be missing or doubtful.
+func doctor(t *testing.T, falco, pipe string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "falco.yaml")
+	if err := os.WriteFile(file, []byte(falco), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := command(t.Context(), "", programs.stoop, "doctor", "falco", "--falco", file, "--falco-version", "0.44.1", "--pipe", pipe, "--node", "a", "-o", "json")
+	if err != nil || strings.Count(out, `"status":"ok"`) == 0 || strings.Contains(out, `"status":"warning"`) {
+		t.Errorf("stoop doctor says %s, %v, of\n%s", out, err, falco)
 	}
 }
 
@@ -243,7 +257,7 @@ func TestEnforce(t *testing.T) {
 		Mode  string
 		Rules []struct{ Name, Mode string }
 	}
-	if err := sigsyaml.Unmarshal([]byte(r.data(t, r.stoop(t), "rules")["rules.yaml"]), &rules); err != nil {
+	if err := sigsyaml.Unmarshal([]byte(r.data(t, r.stoop(t), "config")["rules.yaml"]), &rules); err != nil {
 		t.Fatal(err)
 	}
 	for _, rule := range rules.Rules {
@@ -259,7 +273,7 @@ func TestEnforce(t *testing.T) {
 	}
 	// As it comes, nothing acts.
 	r = render(t)
-	if c := r.data(t, r.stoop(t), "config")["stoop.yaml"]; !strings.Contains(c, "mode: audit") || strings.Contains(r.data(t, r.stoop(t), "rules")["rules.yaml"], "mode: enforce") {
+	if c := r.data(t, r.stoop(t), "config")["stoop.yaml"]; !strings.Contains(c, "mode: audit") || strings.Contains(r.data(t, r.stoop(t), "config")["rules.yaml"], "mode: enforce") {
 		t.Error("a fresh install enforces")
 	}
 }
@@ -409,8 +423,8 @@ func TestNotes(t *testing.T) {
 	if err := sigsyaml.Unmarshal(between(text, "values of Falco's chart", "end of values"), &of); err != nil {
 		t.Fatal(err)
 	}
-	of.Falco.check(t, "/run/elsewhere/falco.pipe")
-	if m := of.Mounts; len(m.Volumes) != 1 || m.Volumes[0].HostPath.Path != "/run/elsewhere" || m.VolumeMounts[0].MountPath != "/run/elsewhere" {
+	of.Falco.check(t, "/run/stoop/falco.pipe")
+	if m := of.Mounts; len(m.Volumes) != 1 || m.Volumes[0].HostPath.Path != "/run/elsewhere" || m.VolumeMounts[0].MountPath != "/run/stoop" {
 		t.Errorf("Falco's chart mounts %+v", m)
 	}
 	var host falcoNeeds
@@ -421,6 +435,8 @@ func TestNotes(t *testing.T) {
 		t.Fatal(err)
 	}
 	host.check(t, "/run/elsewhere/falco.pipe")
+	// As Falco's package has it beside.
+	doctor(t, "load_plugins: [container]\nplugins: [{name: container, library_path: libcontainer.so}]\n"+string(between(text, "falco.yaml on the host", "end of falco.yaml")), "/run/elsewhere/falco.pipe")
 
 	text = notes("--values", filepath.Join(chart, "ci", "http.yaml"))
 	of.Falco = falcoNeeds{}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -203,19 +204,32 @@ func read(t testing.TB, text string) *rendered {
 	}
 }
 
-// data is the content of the ConfigMap that a volume of the pod is of.
+// data is the content of the ConfigMaps that a volume of the pod is of.
 func (r *rendered) data(t testing.TB, pod *corev1.PodSpec, volume string) map[string]string {
 	t.Helper()
+	data := map[string]string{}
 	for _, v := range pod.Volumes {
-		if v.Name == volume && v.ConfigMap != nil {
-			if c := r.configs[v.ConfigMap.Name]; c != nil {
-				return c.Data
+		var of []string
+		switch {
+		case v.Name != volume:
+		case v.ConfigMap != nil:
+			of = append(of, v.ConfigMap.Name)
+		case v.Projected != nil:
+			for _, s := range v.Projected.Sources {
+				of = append(of, s.ConfigMap.Name)
 			}
-			t.Fatalf("there is no ConfigMap %s", v.ConfigMap.Name)
+		}
+		for _, name := range of {
+			if r.configs[name] == nil {
+				t.Fatalf("there is no ConfigMap %s", name)
+			}
+			maps.Copy(data, r.configs[name].Data)
 		}
 	}
-	t.Fatalf("there is no volume %s of a ConfigMap", volume)
-	return nil
+	if len(data) == 0 {
+		t.Fatalf("the volume %s is of no ConfigMap", volume)
+	}
+	return data
 }
 
 // stoop is the pod that stoop runs in.
@@ -256,7 +270,7 @@ func (r *rendered) files(t testing.TB) (config, rules string) {
 	t.Helper()
 	pod, dir := r.stoop(t), t.TempDir()
 	config, rules = filepath.Join(dir, "stoop.yaml"), filepath.Join(dir, "rules.yaml")
-	for file, text := range map[string]string{config: r.data(t, pod, "config")["stoop.yaml"], rules: r.data(t, pod, "rules")["rules.yaml"]} {
+	for file, text := range map[string]string{config: r.data(t, pod, "config")["stoop.yaml"], rules: r.data(t, pod, "config")["rules.yaml"]} {
 		if text == "" {
 			t.Fatalf("there is no %s", filepath.Base(file))
 		}

@@ -191,9 +191,11 @@ func TestHelm(t *testing.T) {
 	}
 	wantAlive(t, c, onB)
 
+	rulesMap, rules := mounted(t, pod, "rules.yaml")
+	_, config := mounted(t, pod, "stoop.yaml")
 	s := program.New(t, program.Options{
 		Bin: shared.bin, Node: nodeA, Kubeconfig: c.Kubeconfig(t, ofA), Mode: string(broker.Enforce),
-		Rules: mounted(t, pod, "rules", "rules.yaml"), Config: configuration(t, mounted(t, pod, "config", "stoop.yaml")),
+		Rules: rules, Config: configuration(t, config),
 	})
 	s.Start("POD_NAMESPACE="+kube.AccountNamespace, "POD_NAME=stoop-a")
 	onA := c.Deployment(t, ns, "shop", nodeA, 3)[0]
@@ -217,12 +219,8 @@ func TestHelm(t *testing.T) {
 	h.run("upgrade", release, chart, "--set", "mode=enforce", "--values", values)
 	second := objects(t, h.run("get", "manifest", release))
 	allThere(t, second, true)
-	upgraded := chartPod(t)
-	if a, b := mounted(t, pod, "rules", ""), mounted(t, upgraded, "rules", ""); a == b {
-		t.Errorf("the changed rules have the same name, %s", a)
-	}
-	if got := mounted(t, upgraded, "rules", "rules.yaml"); !strings.Contains(got, "name: mark") {
-		t.Errorf("the rules are %s", got)
+	if name, got := mounted(t, chartPod(t), "rules.yaml"); name == rulesMap || !strings.Contains(got, "name: mark") {
+		t.Errorf("the changed rules, in %s after %s, are %s", name, rulesMap, got)
 	}
 	byB := func() error {
 		return kube.ClientOf(t, ofB).CoreV1().Pods(ns).Delete(t.Context(), onB.Name, metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}})
@@ -234,8 +232,8 @@ func TestHelm(t *testing.T) {
 
 	h.run("rollback", release, "1")
 	allThere(t, first, true)
-	if a, b := mounted(t, pod, "rules", ""), mounted(t, chartPod(t), "rules", ""); a != b {
-		t.Errorf("rolled back, the rules are %s, before they were %s", b, a)
+	if name, _ := mounted(t, chartPod(t), "rules.yaml"); name != rulesMap {
+		t.Errorf("rolled back, the rules are %s, before they were %s", name, rulesMap)
 	}
 	harness.Eventually(t, soon, 0, func() (bool, string) {
 		err := byB()
@@ -277,25 +275,26 @@ func names(pod *corev1.PodSpec) (out []string) {
 	return out
 }
 
-// mounted is what a file of a ConfigMap that the pod mounts holds; "": the
-// ConfigMap's name.
-func mounted(t *testing.T, pod *corev1.PodSpec, volume, file string) string {
+// mounted is the ConfigMap that a file of the pod's configuration is of, and what the
+// file holds.
+func mounted(t *testing.T, pod *corev1.PodSpec, file string) (configMap, text string) {
 	t.Helper()
 	for _, v := range pod.Volumes {
-		if v.Name != volume {
+		if v.Name != "config" {
 			continue
 		}
-		if file == "" {
-			return v.ConfigMap.Name
+		for _, s := range v.Projected.Sources {
+			m, err := shared.cluster.Client.CoreV1().ConfigMaps(kube.AccountNamespace).Get(t.Context(), s.ConfigMap.Name, metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text, ok := m.Data[file]; ok {
+				return m.Name, text
+			}
 		}
-		m, err := shared.cluster.Client.CoreV1().ConfigMaps(kube.AccountNamespace).Get(t.Context(), v.ConfigMap.Name, metav1.GetOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m.Data[file]
 	}
-	t.Fatalf("the pod has no volume %s", volume)
-	return ""
+	t.Fatalf("the pod does not mount %s", file)
+	return "", ""
 }
 
 // configuration is the chart's stoop.yaml without what the harness says itself.
@@ -305,7 +304,7 @@ func configuration(t *testing.T, text string) string {
 	if err := yaml.Unmarshal([]byte(text), &config); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range []string{"http", "source", "data", "mode"} {
+	for _, key := range []string{"http", "source", "mode"} {
 		if config[key] == nil {
 			t.Errorf("the chart's stoop.yaml has no %s", key)
 		}

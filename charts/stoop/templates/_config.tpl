@@ -16,11 +16,6 @@ rules:
 {{ toYaml $rules }}
 {{ end -}}
 
-{{/* The folder that the FIFO is in. */}}
-{{- define "stoop.pipeFolder" -}}
-{{- if include "stoop.pipeOnHost" . -}}{{ .Values.source.hostPath }}{{- else -}}/run/stoop{{- end -}}
-{{- end -}}
-
 {{/* Whether Falco is in another pod than stoop, and so the FIFO in a folder of the host's. */}}
 {{- define "stoop.pipeOnHost" -}}
 {{- if and (include "stoop.pipe" .) (or .Values.split (not .Values.falco.enabled)) -}}true{{- end -}}
@@ -33,12 +28,12 @@ rules:
 
 {{/* stoop.yaml. */}}
 {{- define "stoop.config" -}}
-{{- $own := dict "mode" .Values.mode "data" .Values.data.path -}}
+{{- $own := dict "mode" .Values.mode -}}
 {{- $_ := set $own "http" (dict "listen" (printf "%s:%d" (ternary "" "127.0.0.1" .Values.metrics.enabled) (int .Values.metrics.port))) -}}
 {{- if include "stoop.pipe" . -}}
-{{- $_ := set $own "source" (dict "pipe" (printf "%s/falco.pipe" (include "stoop.pipeFolder" .))) -}}
+{{- $_ := set $own "source" (dict "pipe" "/run/stoop/falco.pipe") -}}
 {{- else -}}
-{{- $http := dict "listen" (printf ":%d" (int .Values.source.http.port)) "token-file" "/etc/stoop/http/token/token" "cert" "/etc/stoop/http/tls/tls.crt" "key" "/etc/stoop/http/tls/tls.key" -}}
+{{- $http := dict "listen" (printf ":%d" (int .Values.source.http.port)) "token-file" "/etc/stoop-http/token/token" "cert" "/etc/stoop-http/tls/tls.crt" "key" "/etc/stoop-http/tls/tls.key" -}}
 {{- $_ := set $own "source" (dict "http" $http) -}}
 {{- end -}}
 {{ toYaml (mergeOverwrite (deepCopy .Values.config) $own) }}

@@ -26,7 +26,7 @@ plugins:
         lxc: {enabled: false}
         libvirt_lxc: {enabled: false}
         bpm: {enabled: false}
-{{ include "stoop.falcoNeeds" . }}
+{{ include "stoop.falcoNeeds" (dict "root" . "folder" "/run/stoop") }}
 # The alerts are stoop's to tell; what Falco says of itself is in its log.
 stdout_output: {enabled: false}
 syslog_output: {enabled: false}
@@ -39,21 +39,21 @@ webserver: {enabled: false}
 watch_config_files: false
 {{- end -}}
 
-{{/* What any Falco needs that writes to stoop's FIFO. */}}
+{{/* What any Falco needs that writes to stoop: (dict "root" $ "folder" that of the FIFO). */}}
 {{- define "stoop.falcoNeeds" -}}
 json_output: true
 json_include_output_property: true
 json_include_tags_property: true
 buffered_outputs: false
-{{- if include "stoop.pipe" . }}
+{{- if include "stoop.pipe" .root }}
 file_output:
   enabled: true
   keep_alive: true
-  filename: {{ include "stoop.pipeFolder" . }}/falco.pipe
+  filename: {{ .folder }}/falco.pipe
 {{- else }}
 http_output:
   enabled: true
-  url: https://falco:TOKEN@{{ include "stoop.fullname" . }}-alerts.{{ .Release.Namespace }}.svc:{{ .Values.source.http.port }}/
+  url: https://falco:TOKEN@{{ include "stoop.fullname" .root }}-alerts.{{ .root.Release.Namespace }}.svc:{{ .root.Values.source.http.port }}/
 {{- end }}
 append_output:
   - suggested_output: true
@@ -166,7 +166,7 @@ append_output:
     {{- toYaml .resources | nindent 4 }}
   volumeMounts:
     - {name: falco, mountPath: /etc/stoop-falco, readOnly: true}
-    - {name: pipe, mountPath: {{ include "stoop.pipeFolder" $ }}}
+    - {name: pipe, mountPath: /run/stoop}
     - {name: host-proc, mountPath: /host/proc, readOnly: true}
     - {name: host-etc, mountPath: /host/etc, readOnly: true}
     - {name: host-kernel, mountPath: /sys/kernel, readOnly: true}

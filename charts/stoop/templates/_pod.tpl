@@ -22,14 +22,13 @@ seccompProfile: {type: RuntimeDefault}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   restartPolicy: Always
   command: [/usr/bin/stoop-hold]
-  args: [{{ include "stoop.pipeFolder" . }}/falco.pipe]
+  args: [/run/stoop/falco.pipe]
   securityContext:
     {{- include "stoop.restricted" . | nindent 4 }}
   resources:
     {{- toYaml .Values.hold.resources | nindent 4 }}
   volumeMounts:
-    - name: pipe
-      mountPath: {{ include "stoop.pipeFolder" . }}
+    - {name: pipe, mountPath: /run/stoop}
 {{- end -}}
 
 {{/* Gives folders of the host's to stoop's user: (dict "root" $ "data" bool "pipe" bool). */}}
@@ -43,10 +42,10 @@ seccompProfile: {type: RuntimeDefault}
     - prepare
     - --owner=65532:65532
     {{- if .data }}
-    - {{ .root.Values.data.path }}
+    - /var/lib/stoop
     {{- end }}
     {{- if .pipe }}
-    - {{ include "stoop.pipeFolder" .root }}
+    - /run/stoop
     {{- end }}
   securityContext:
     runAsUser: 0
@@ -64,12 +63,10 @@ seccompProfile: {type: RuntimeDefault}
     limits: {memory: 64Mi}
   volumeMounts:
     {{- if .data }}
-    - name: data
-      mountPath: {{ .root.Values.data.path }}
+    - {name: data, mountPath: /var/lib/stoop}
     {{- end }}
     {{- if .pipe }}
-    - name: pipe
-      mountPath: {{ include "stoop.pipeFolder" .root }}
+    - {name: pipe, mountPath: /run/stoop}
     {{- end }}
 {{- end }}
 {{- end -}}
@@ -85,7 +82,7 @@ seccompProfile: {type: RuntimeDefault}
   restartPolicy: Always
   {{- end }}
   command: [/usr/bin/stoop]
-  args: [run, --config=/etc/stoop/config/stoop.yaml, --rules=/etc/stoop/rules/rules.yaml]
+  args: [run]
   env:
     - name: NODE_NAME
       valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
@@ -104,19 +101,19 @@ seccompProfile: {type: RuntimeDefault}
   {{- end }}
   # Falco starts once the FIFO is read.
   startupProbe:
-    exec: {command: [/usr/bin/stoop, probe, live, --config=/etc/stoop/config/stoop.yaml]}
+    exec: {command: [/usr/bin/stoop, probe, live]}
     periodSeconds: 1
     timeoutSeconds: 5
     failureThreshold: 60
   # Fails on a deadlock alone: a restart mends nothing else.
   livenessProbe:
-    exec: {command: [/usr/bin/stoop, probe, live, --config=/etc/stoop/config/stoop.yaml]}
+    exec: {command: [/usr/bin/stoop, probe, live]}
     periodSeconds: 30
     timeoutSeconds: 10
     failureThreshold: 4
   # The store takes a write, the FIFO is drained, no alert waits long.
   readinessProbe:
-    exec: {command: [/usr/bin/stoop, probe, ready, --config=/etc/stoop/config/stoop.yaml]}
+    exec: {command: [/usr/bin/stoop, probe, ready]}
     periodSeconds: 15
     timeoutSeconds: 10
     failureThreshold: 2
@@ -140,19 +137,19 @@ seccompProfile: {type: RuntimeDefault}
   resources:
     {{- toYaml .resources | nindent 4 }}
   volumeMounts:
-    - {name: config, mountPath: /etc/stoop/config, readOnly: true}
-    - {name: rules, mountPath: /etc/stoop/rules, readOnly: true}
-    - {name: data, mountPath: {{ .data.path }}}
+    # Where every command of stoop's looks for them.
+    - {name: config, mountPath: /etc/stoop, readOnly: true}
+    - {name: data, mountPath: /var/lib/stoop}
     - {name: token, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
     - {name: tmp, mountPath: /tmp}
     {{- if include "stoop.pipe" $root }}
-    - {name: pipe, mountPath: {{ include "stoop.pipeFolder" $root }}}
+    - {name: pipe, mountPath: /run/stoop}
     {{- else }}
-    - {name: http-token, mountPath: /etc/stoop/http/token, readOnly: true}
-    - {name: http-tls, mountPath: /etc/stoop/http/tls, readOnly: true}
+    - {name: http-token, mountPath: /etc/stoop-http/token, readOnly: true}
+    - {name: http-tls, mountPath: /etc/stoop-http/tls, readOnly: true}
     {{- end }}
     {{- range .secrets }}
-    - {name: secret-{{ .name }}, mountPath: /etc/stoop/secrets/{{ .name }}, readOnly: true}
+    - {name: secret-{{ .name }}, mountPath: /etc/stoop-secrets/{{ .name }}, readOnly: true}
     {{- end }}
     {{- if .node.responders }}
     # Freezing, and finding containers: the runtime's own mount shows stoop's alone.
@@ -173,9 +170,10 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "stoop.volumes" -}}
 {{- with .Values -}}
 - name: config
-  configMap: {name: {{ include "stoop.configMap" $ }}}
-- name: rules
-  configMap: {name: {{ include "stoop.rulesMap" $ }}}
+  projected:
+    sources:
+      - configMap: {name: {{ include "stoop.configMap" $ }}}
+      - configMap: {name: {{ include "stoop.rulesMap" $ }}}
 - name: data
   {{- if eq .data.type "hostPath" }}
   hostPath: {path: {{ .data.path }}, type: DirectoryOrCreate}
