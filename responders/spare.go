@@ -45,9 +45,9 @@ API server has them: healthy is a pod that is Ready, is not being deleted, and i
 isolated by stoop. A suspect that is not Ready itself counts like any other. 25% of 3
 replicas is 0, and then none is deleted. Two steps of one node are counted one after the
 other. Against those of other nodes the pod is marked before it is counted
-(the annotation stoop.dev/leaving), unless enough healthy ones run on this very node: each
-of two that act in the same moment sees the mark of the other, so both may isolate their
-pod, but never do both take what one alone might. A mark counts for a minute; the nodes'
+(the annotation stoop.dev/leaving), unless enough healthy ones run on this very node: of
+two that act in the same moment one at least sees the other's mark. Often both do, and
+both isolate their pod; never do both take what one alone might. A mark counts for a minute; the nodes'
 clocks have to agree by that much.
 
 What can't be found out (a workload that stoop may not read, an API server that keeps
@@ -56,8 +56,9 @@ Kubernetes give stoop get on the resource and on its scale. Whoever may change p
 in the namespace can make pods look healthy, or not. A step that a person has approved
 is not held back: whoever is asked is told what would have held it back.
 
-The count costs requests (a list of the workload's pods; two more where the siblings are
-on other nodes): a few milliseconds. Steps with force: true have none of them.`
+The count costs requests: a list of the workload's pods, and where the siblings are on
+other nodes the mark and a second list. Measured beside an API server on the same
+machine that is 2 ms, and 7 ms with the mark. With force: true there are none of them.`
 
 // sparingGrants are the permissions of a responder that takes pods and needs these of
 // its own to do so, with what finding out needs which ones to spare.
