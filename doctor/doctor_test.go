@@ -21,13 +21,15 @@ import (
 	"stoop/responders"
 )
 
-// A process of these tests is this program: it opens a file as it is told, says so,
+// A process of these tests is this program: it opens the files that it is told, says so,
 // and waits for the end of its input.
 func TestMain(m *testing.M) {
 	if how := os.Getenv("DOCTOR_TEST_OPEN"); how != "" {
 		flags, err := strconv.Atoi(how)
-		if err == nil {
-			_, err = unix.Open(os.Getenv("DOCTOR_TEST_PATH"), flags|unix.O_NONBLOCK, 0)
+		for path := range strings.SplitSeq(os.Getenv("DOCTOR_TEST_PATH"), ":") {
+			if err == nil {
+				_, err = unix.Open(path, flags|unix.O_NONBLOCK, 0)
+			}
 		}
 		fmt.Println(err)
 		_, _ = bufio.NewReader(os.Stdin).ReadByte()
@@ -36,7 +38,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// open starts a process of the name, with the arguments, that has a file open.
+// open starts a process of the name, with the arguments, that has a file open, or
+// several with colons between them.
 func open(t *testing.T, path string, flags int, name string, args ...string) (pid int, stop func()) {
 	t.Helper()
 	exe, err := os.Executable()

@@ -38,9 +38,9 @@ func TestPipe(t *testing.T) {
 
 	// A stoop by another name is known by the lock that it holds.
 	lock := write(t, filepath.Join(c.Data, "run.lock"), "")
-	_, stopOther := open(t, lock, unix.O_RDWR, "other")
-	none(t, examine(t, c, "source"), Warning)
-	stopOther()
+	program, stopProgram := open(t, path+":"+lock, unix.O_RDWR, "program", "serve")
+	has(t, examine(t, c, "source"), Warning, fmt.Sprintf("program (process %d)", program), "only one of them can")
+	stopProgram()
 
 	stopHolder()
 	found = examine(t, c, "source")
