@@ -35,6 +35,11 @@ const (
 	matchedWaiting  = 4096
 	matchedBytes    = 8 << 20
 	matchedUnderway = 256
+	// matchedAtOnce are kept in matchedEvery, and no more: 2,000 a second, which would
+	// fill the streams in minutes as it is. A flood that matches has better uses for the
+	// processors.
+	matchedAtOnce = 100
+	matchedEvery  = 50 * time.Millisecond
 	// matchedStop is how long the last ones are waited for when stoop is stopped.
 	matchedStop = 2 * time.Second
 	// lostEvery is how often it is said that some are not kept.
@@ -128,10 +133,21 @@ func (b *Broker) matchedLoop(ctx context.Context) {
 			b.unkept()
 		}
 	}
+	var window time.Time // when more may be kept
+	n := 0
 	for {
 		select {
 		case m := <-k.ch:
+			if now := time.Now(); now.After(window) {
+				window, n = now.Add(matchedEvery), 0
+			}
 			keep(m)
+			if n++; n == matchedAtOnce {
+				select {
+				case <-time.After(time.Until(window)):
+				case <-ctx.Done():
+				}
+			}
 			continue
 		case <-say.C:
 			if lost := k.lost.Load(); lost > said {
@@ -193,8 +209,9 @@ type KeptPage struct {
 	Left   uint64 // how many alerts follow
 }
 
-// keptPage is how many bytes of alerts a page holds, about.
-const keptPage = 1 << 20
+// keptPage is how many bytes of alerts a page holds, about: with the largest alert at
+// its end it still fits into a message.
+const keptPage = 5 << 19
 
 var errPageFull = errors.New("the page is full")
 

@@ -92,6 +92,8 @@ const (
 	// takes long: the asker waits no longer either.
 	historyTimeout = askTimeout
 	historyMost    = 4
+	// alertsMost is how many pages of alerts are read at once: each is held in memory.
+	alertsMost = 2
 	// watchFor is how long verdicts are published after somebody asked.
 	watchFor = 30 * time.Second
 	// historyPage is how many outcomes one answer holds.
@@ -126,9 +128,14 @@ func (a *api) desks() []desk {
 		{map[string]answer{apiPause: a.pause, apiPaused: a.paused, apiResume: a.resume, apiUndo: a.undo, apiApprove: a.approve, apiDeny: a.deny, apiWaiting: a.waiting, apiStatus: a.status}, apiMost, apiTimeout, busy},
 		{map[string]answer{apiPublish: a.publish, apiWatch: a.watch}, apiMost, apiTimeout, busy},
 		{
-			map[string]answer{apiHistory: a.history, apiVerify: a.verify, apiAlerts: a.alerts},
+			map[string]answer{apiHistory: a.history, apiVerify: a.verify},
 			historyMost, historyTimeout,
 			fmt.Sprintf("the history is being read %d times already: ask again in some seconds", historyMost),
+		},
+		{
+			map[string]answer{apiAlerts: a.alerts},
+			alertsMost, apiTimeout,
+			fmt.Sprintf("alerts are being read %d times already: ask again later", alertsMost),
 		},
 	}
 }

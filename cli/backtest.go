@@ -196,7 +196,7 @@ type replayed struct {
 	Bad       int            `json:"bad,omitempty"` // lines that are no alert
 	Matched   int            `json:"matched"`
 	Waiting   int            `json:"waiting,omitempty"` // matches of rules with a when that had not enough others
-	All       time.Time      `json:"all,omitzero"` // since when every alert is kept, and not only what matched
+	All       time.Time      `json:"all,omitzero"`      // since when every alert is kept, and not only what matched
 	Steps     []replayedStep `json:"steps,omitempty"`
 	Changes   []change       `json:"changes,omitempty"` // with --diff
 	Unchecked []string       `json:"unchecked"`
@@ -347,21 +347,67 @@ func (r *replay) history(ctx context.Context, data string, since time.Time) erro
 		return err
 	}
 	defer k.close()
+	return r.kept(ctx, k, since)
+}
+
+// keptAhead is how many alerts are handed over at a time, parsed.
+const keptAhead = 256
+
+// kept tries the rules on alerts while the next ones are read and parsed.
+func (r *replay) kept(ctx context.Context, k *keptAlerts, since time.Time) error {
 	defer r.bar.end()
-	return k.each(ctx, since, func(kept *broker.Kept, all bool, left uint64) error {
-		if all && (r.out.All.IsZero() || kept.Received.Before(r.out.All)) {
-			r.out.All = kept.Received
+	type parsed struct {
+		*broker.Kept
+		alert *alert.Alert // nil: it can't be read
+		all   bool
+		left  uint64
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	batches := make(chan []parsed, 2)
+	done := make(chan error, 1)
+	go func() {
+		defer close(batches)
+		batch := make([]parsed, 0, keptAhead)
+		hand := func() error {
+			select {
+			case batches <- batch:
+				batch = make([]parsed, 0, keptAhead)
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 		}
-		a, err := alert.Parse(kept.Data)
-		if err != nil {
-			r.out.Bad++
+		err := k.each(ctx, since, func(kept *broker.Kept, all bool, left uint64) error {
+			p := parsed{Kept: kept, all: all, left: left}
+			if a, err := alert.Parse(kept.Data); err == nil {
+				a.ID = kept.ID
+				p.alert = a
+			}
+			if batch = append(batch, p); len(batch) == keptAhead {
+				return hand()
+			}
 			return nil
+		})
+		if err == nil && len(batch) > 0 {
+			err = hand()
 		}
-		a.ID = kept.ID
-		r.alert(a, kept.Origin, kept.Received)
-		r.bar.say(r.out.Alerts, left)
-		return nil
-	})
+		done <- err
+	}()
+	for batch := range batches {
+		for _, p := range batch {
+			if p.all && (r.out.All.IsZero() || p.Received.Before(r.out.All)) {
+				r.out.All = p.Received
+			}
+			if p.alert == nil {
+				r.out.Bad++
+				continue
+			}
+			r.alert(p.alert, p.Origin, p.Received)
+			r.bar.say(r.out.Alerts, p.left)
+		}
+	}
+	return <-done
 }
 
 // files tries the rules on recorded alerts; the time of each is now.

@@ -26,12 +26,24 @@ import (
 
 // BenchmarkWay is the way of an alert of 1 KiB from the FIFO onto the disk and
 // through 20 rules, one of them with where. It ends when all are routed.
-func BenchmarkWay(b *testing.B) {
+func BenchmarkWay(b *testing.B) { benchmarkWay(b, benchRules()) }
+
+// BenchmarkWayMatched is the same where every alert matches a rule, which waits for
+// others: so it is kept, and nothing else follows.
+func BenchmarkWayMatched(b *testing.B) {
+	benchmarkWay(b, append(benchRules(), `  - name: all
+    match: {priority: debug}
+    when: {rules: [A rule of no consequence, Another], within: 1s, by: pod}
+    actions: [delete-pod]
+`...))
+}
+
+func benchmarkWay(b *testing.B, src []byte) {
 	dir := b.TempDir()
 	store := brokertest.Open(b, broker.Config{Dir: filepath.Join(dir, "data")})
 	log := slog.New(slog.DiscardHandler)
 	r := router.New(log, prometheus.NewRegistry(), router.Trust{})
-	set, err := rules.Parse("bench.yaml", benchRules(), catalogOf(responders.All()))
+	set, err := rules.Parse("bench.yaml", src, catalogOf(responders.All()))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -92,6 +104,9 @@ func BenchmarkWay(b *testing.B) {
 	}
 	b.ReportMetric(float64(r.Routed())/b.Elapsed().Seconds(), "alerts/s")
 	b.ReportMetric(float64(shed.Load()), "shed")
+	if lost := store.MatchedLost(); lost > 0 {
+		b.ReportMetric(float64(lost), "unkept")
+	}
 }
 
 // benchRules are 20 rules, one of them with where, none of which matches.

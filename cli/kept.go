@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 	"time"
 
 	"stoop/broker"
@@ -20,8 +21,11 @@ type keptAlerts struct {
 func openKept(ctx context.Context, data string) (*keptAlerts, error) {
 	c, err := broker.Dial(data)
 	if err == nil {
+		var one sync.Mutex // a page at a time: there are others who ask
 		return &keptAlerts{
 			page: func(ctx context.Context, stream string, from uint64, since time.Time) (broker.KeptPage, error) {
+				one.Lock()
+				defer one.Unlock()
 				return askAlerts(ctx, c, alertsRequest{Stream: stream, From: from, Since: since})
 			},
 			close: c.Close,
