@@ -40,7 +40,7 @@ type cordonNodeParams struct {
 type nodeCordoner struct{ acts nodeActs }
 
 // Foresee implements [Foreseer].
-func (c *nodeCordoner) Foresee(ctx context.Context, _ *Request) error { return c.acts.foresee(ctx) }
+func (c *nodeCordoner) Foresee(ctx context.Context, _ *Request) error { return c.acts.room(ctx) }
 
 func (c *nodeCordoner) Act(ctx context.Context, r *Request) (Result, error) {
 	var params cordonNodeParams

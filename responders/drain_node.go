@@ -90,7 +90,7 @@ type nodeDrainer struct {
 }
 
 // Foresee implements [Foreseer].
-func (d *nodeDrainer) Foresee(ctx context.Context, _ *Request) error { return d.acts.foresee(ctx) }
+func (d *nodeDrainer) Foresee(ctx context.Context, _ *Request) error { return d.acts.room(ctx) }
 
 // drain is a drain under way.
 type drain struct {

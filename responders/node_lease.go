@@ -152,21 +152,6 @@ func (a *nodeActs) room(ctx context.Context) error {
 	return nil
 }
 
-// foresee tells whether one more node may be taken out of service, as things are now.
-// When this one is out already, nothing stands in the way.
-func (a *nodeActs) foresee(ctx context.Context) error {
-	node, err := a.get(ctx)
-	if err != nil {
-		return err
-	}
-	for _, note := range notes(node.Annotations) {
-		if inForce(node, note) {
-			return nil
-		}
-	}
-	return a.room(ctx)
-}
-
 // outOfService counts the nodes and names those others that stoop has taken out
 // of service.
 func (a *nodeActs) outOfService(ctx context.Context) (all int, out []string, err error) {

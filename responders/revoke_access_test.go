@@ -361,9 +361,9 @@ func TestRevokeAccessIsPreviewed(t *testing.T) {
 		t.Errorf("of many: %+v, %v", res, err)
 	}
 
-	a.bind("", "evil", "cluster-admin", mallory)
+	a.bind("", "evil", "cluster-admin", mallory, subject("User", "x\n\x1b[31mapprove"))
 	res, err = preview("", created("clusterrolebindings", "", "evil"))
-	if err != nil || res.Reason != "would revoke: clusterrolebinding evil (ClusterRole cluster-admin) from User mallory" {
+	if err != nil || res.Reason != "would revoke: clusterrolebinding evil (ClusterRole cluster-admin) from User mallory, User x [31mapprove" {
 		t.Errorf("of the alert's: %+v, %v", res, err)
 	}
 	a.bind("", "ours", "view", subject("ServiceAccount", "security/stoop"))

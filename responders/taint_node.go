@@ -101,7 +101,7 @@ func (t *nodeTainter) Foresee(ctx context.Context, r *Request) error {
 	if params.taint().Effect == corev1.TaintEffectPreferNoSchedule {
 		return nil // it keeps no pod off, and is not counted
 	}
-	return t.acts.foresee(ctx)
+	return t.acts.room(ctx)
 }
 
 func (t *nodeTainter) Act(ctx context.Context, r *Request) (Result, error) {
