@@ -355,3 +355,33 @@ func ExampleDescribe() {
 	// gracePeriod duration 1s
 	// unknown parameter "grace": did you mean "gracePeriod"? There is only: gracePeriod
 }
+
+func TestPortion(t *testing.T) {
+	for _, c := range []struct {
+		text      string
+		whole, of int
+		all       bool
+	}{
+		{"0", 4, 0, false}, {"3", 4, 3, false}, {"9", 4, 9, false},
+		{"0%", 4, 0, false}, {"25%", 3, 0, false}, {"25%", 4, 1, false}, {"25%", 7, 1, false},
+		{"33%", 3, 0, false}, {"34%", 3, 1, false}, {"99%", 1, 0, false}, {"99%", 100, 99, false},
+		{"100%", 3, 3, true}, {"50%", 0, 0, false}, {"50%", 1 << 30, 1 << 29, false},
+	} {
+		var p param.Portion
+		if err := p.UnmarshalText([]byte(c.text)); err != nil {
+			t.Errorf("%s: %v", c.text, err)
+		}
+		if got := p.Of(c.whole); got != c.of || p.IsAll() != c.all || !p.IsSet() || p.String() != c.text {
+			t.Errorf("%s of %d is %d (all: %t, set: %t, %q), want %d", c.text, c.whole, got, p.IsAll(), p.IsSet(), p, c.of)
+		}
+	}
+	if p := (param.Portion{}); p.IsSet() || p.IsAll() || p.String() != "" {
+		t.Errorf("none given: %q", p)
+	}
+	for _, text := range []string{"", "%", "1.5", "-1", "-1%", "+1", "101%", "1000001", "all", "1 %", "0x1"} {
+		var p param.Portion
+		if err := p.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q is taken for %s", text, p)
+		}
+	}
+}
