@@ -362,10 +362,20 @@ func TestPortion(t *testing.T) {
 		whole, of int
 		all       bool
 	}{
-		{"0", 4, 0, false}, {"3", 4, 3, false}, {"9", 4, 9, false},
-		{"0%", 4, 0, false}, {"25%", 3, 0, false}, {"25%", 4, 1, false}, {"25%", 7, 1, false},
-		{"33%", 3, 0, false}, {"34%", 3, 1, false}, {"99%", 1, 0, false}, {"99%", 100, 99, false},
-		{"100%", 3, 3, true}, {"50%", 0, 0, false}, {"50%", 1 << 30, 1 << 29, false},
+		{"0", 4, 0, false},
+		{"3", 4, 3, false},
+		{"9", 4, 9, false},
+		{"0%", 4, 0, false},
+		{"25%", 3, 0, false},
+		{"25%", 4, 1, false},
+		{"25%", 7, 1, false},
+		{"33%", 3, 0, false},
+		{"34%", 3, 1, false},
+		{"99%", 1, 0, false},
+		{"99%", 100, 99, false},
+		{"100%", 3, 3, true},
+		{"50%", 0, 0, false},
+		{"50%", 1 << 30, 1 << 29, false},
 	} {
 		var p param.Portion
 		if err := p.UnmarshalText([]byte(c.text)); err != nil {
