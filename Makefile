@@ -6,7 +6,7 @@ LDFLAGS := -s -w
 CORPUS  := $(wildcard ../shared/alerts)
 export STOOP_CORPUS ?= $(if $(CORPUS),$(abspath $(CORPUS)))
 
-.PHONY: build demo test race lint fuzz chart e2e e2e-node e2e-host bench docs packages image release clean
+.PHONY: build demo test race lint fuzz chart e2e e2e-node e2e-host bench docs packages image release test-release clean
 
 build: ## the program, ./stoop
 	$(GO) build -ldflags '$(LDFLAGS)' -o stoop .
@@ -60,6 +60,9 @@ image: ## dist/stoop_VERSION_image.tar: an OCI layout for linux/amd64 and arm64
 
 release: ## all of it, the programs and SHA256SUMS, in dist/
 	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) all
+
+test-release: ## that it is the same wherever it is built, and what is in it
+	cd tools && $(GO) test -count=1 -timeout 20m ./...
 
 clean:
 	rm -rf stoop bin dist
