@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -590,4 +591,34 @@ func TestAStreamThatWasMadeAnew(t *testing.T) {
 	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
 	store(t, b, arrival(t, 3, "Warning"))
 	eventually(t, "the new one is routed", func() bool { return other.len() == 3 && b.Unrouted() == 0 })
+}
+
+// unkept is a keeper whose store takes nothing more.
+type unkept struct{ asked atomic.Int32 }
+
+func (k *unkept) Keep(context.Context) error {
+	k.asked.Add(1)
+	return errors.New("maximum bytes exceeded")
+}
+func (k *unkept) Kept(*broker.Step) {}
+
+// A STATE that is full must not end the program, and with it all answers: a step on
+// which several alerts agree is stored all the same, and what comes after it.
+func TestWhatAgreesIsRoutedAlthoughItCannotBeKept(t *testing.T) {
+	b := brokertest.New(t)
+	if err := b.OpenSteps(t.Context(), "one"); err != nil {
+		t.Fatal(err)
+	}
+	k := &unkept{}
+	start(t, func(ctx context.Context) error {
+		return b.RouteAlerts(ctx, false, func(s *broker.Stored) []*broker.Step {
+			return []*broker.Step{{ID: s.ID, AlertID: s.ID, Agreed: []string{s.ID}, Action: broker.Action{Responder: "one"}}}
+		}, k)
+	})
+	store(t, b, arrival(t, 1, "Warning"))
+	store(t, b, arrival(t, 2, "Warning"))
+	eventually(t, "both steps are stored", func() bool { return b.Waiting("one") == 2 && b.Unrouted() == 0 })
+	if k.asked.Load() == 0 || b.Err() != nil {
+		t.Errorf("asked %d times to keep, the store's error is %v", k.asked.Load(), b.Err())
+	}
 }

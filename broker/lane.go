@@ -25,6 +25,9 @@ const (
 	// notePosition is how often the router's position is stored. A crash routes the
 	// alerts of the last such while again; their steps are refused as there already.
 	notePosition = 50 * time.Millisecond
+	// unstoredEvery is how often it is said that this, or what is to be kept, could not
+	// be stored.
+	unstoredEvery = 10 * time.Second
 	// routeWindow bounds the alerts whose steps are on their way into ACTIONS.
 	routeWindow = 1024
 )

@@ -143,6 +143,7 @@ type settler struct {
 	js     jetstream.JetStream // for steps
 	keeper Keeper              // or nil
 	noted  uint64              // the position that is stored
+	said   time.Time           // when it was said that something could not be stored
 }
 
 // run settles until the window is closed and empty, or an error.
@@ -183,7 +184,12 @@ func (s *settler) settle(ctx context.Context, batch []routing) error {
 	if batch[0].agreed != nil {
 		failpoint.Hit("router.before-keep")
 		if err := s.keep(ctx); err != nil {
-			return err
+			// A STATE that takes nothing more must not disarm stoop: only a crash
+			// right now would have it forget what agreed.
+			if broken := s.b.Err(); broken != nil {
+				return broken
+			}
+			s.unstored("what was counted of alerts could not be stored: a restart may forget it", err)
 		}
 		failpoint.Hit("router.after-keep")
 		for i := range batch {
@@ -234,8 +240,17 @@ func (s *settler) note(ctx context.Context) {
 		err = s.b.state.Put(context.WithoutCancel(ctx), keyRouter(s.lane.name), at, 0)
 	}
 	if err != nil {
-		s.b.log.Warn("how far alerts are routed could not be stored", "stream", s.lane.name, "error", err)
+		s.unstored("how far alerts are routed could not be stored: a restart will route some again", err)
 		return // with what comes next
 	}
 	s.noted = at
+}
+
+// unstored says that something could not be stored, every now and then.
+func (s *settler) unstored(what string, err error) {
+	if time.Since(s.said) < unstoredEvery {
+		return
+	}
+	s.said = time.Now()
+	s.b.log.Error(what, "stream", s.lane.name, "error", err)
 }
