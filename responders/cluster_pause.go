@@ -67,6 +67,7 @@ type ClusterPause struct {
 	hangUp     func() // closes connections that nothing is under way on
 	resync     time.Duration
 	late       time.Duration
+	answer     time.Duration
 	began      time.Time
 
 	mu      sync.Mutex
@@ -96,7 +97,7 @@ func PauseCommand(namespace string, paused bool) string {
 
 // NewClusterPause asks nothing before [ClusterPause.Run].
 func NewClusterPause(c ClusterPauseConfig) (*ClusterPause, error) {
-	p := &ClusterPause{ClusterPauseConfig: c, resync: pauseResync, late: pauseLate, began: time.Now(), changed: make(chan struct{})}
+	p := &ClusterPause{ClusterPauseConfig: c, resync: pauseResync, late: pauseLate, answer: pauseAnswer, began: time.Now(), changed: make(chan struct{})}
 	if p.Log == nil {
 		p.Log = slog.New(slog.DiscardHandler)
 	}
@@ -171,7 +172,7 @@ var errNoNamespace = errors.New("there is no such namespace")
 // look reads the namespace, and follows it for as long as one watch lasts.
 func (p *ClusterPause) look(ctx context.Context) error {
 	options := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, p.Namespace).String()}
-	read, cancel := context.WithTimeout(ctx, pauseAnswer)
+	read, cancel := context.WithTimeout(ctx, p.answer)
 	list, err := p.namespaces.List(read, options)
 	cancel()
 	if err == nil && (len(list.Items) != 1 || list.Items[0].Name != p.Namespace) {

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -498,9 +499,13 @@ func TestClusterPauseForbidden(t *testing.T) {
 			f := newFlaky(t)
 			spoil(f)
 			reg := prometheus.NewRegistry()
+			began := time.Now()
 			p, _ := watching(t, f, reg)
 			d := newDesk(t, brokertest.New(t), func(c *responders.Config) { c.Cluster = p })
 			d.want(d.step(), broker.Done)
+			if took := time.Since(began); took >= 2*time.Second {
+				t.Errorf("the first step waited: it took %s", took)
+			}
 			want := map[string]string{"forbidden": "may not list namespaces", "not there": "there is no namespace stoop"}[what]
 			if got := d.host.PausedCluster().Problem; !strings.Contains(got, want) {
 				t.Errorf("the problem is %q, want %q", got, want)
@@ -512,6 +517,27 @@ func TestClusterPauseForbidden(t *testing.T) {
 	}
 }
 
+// A read that is never answered is given up.
+func TestClusterPauseOverAReadThatHangs(t *testing.T) {
+	f := newFlaky(t)
+	f.annotate(new("ann"))
+	var reads atomic.Int32
+	f.setHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if reads.Add(1) > 1 {
+			return true
+		}
+		<-r.Context().Done()
+		return false
+	})
+	p, err := responders.NewClusterPause(responders.ClusterPauseConfig{Kube: f.kube(), Namespace: "stoop"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.SetResync(time.Second, time.Second, 100*time.Millisecond)
+	runs(t, func(ctx context.Context) error { p.Run(ctx); return nil })
+	until(t, "there is a first look", p.Known)
+}
+
 // A connection that is dead, and does not say so, hides the annotation no longer
 // than one watch lasts; a namespace that is gone changes nothing.
 func TestClusterPauseOverADeadConnection(t *testing.T) {
@@ -520,7 +546,7 @@ func TestClusterPauseOverADeadConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.SetResync(time.Second, 200*time.Millisecond)
+	p.SetResync(time.Second, 200*time.Millisecond, time.Second)
 	runs(t, func(ctx context.Context) error { p.Run(ctx); return nil })
 	d := newDesk(t, brokertest.New(t), func(c *responders.Config) { c.Cluster = p })
 	until(t, "there is a first look", p.Known)

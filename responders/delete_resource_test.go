@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -221,6 +222,20 @@ func TestDeleteResourceSpares(t *testing.T) {
 			status, _, _, reason := responders.Classify(err)
 			if want := map[bool]broker.Status{true: broker.Refused, false: broker.Done}[tt.spared]; status != want {
 				t.Errorf("%s (%s), want %s", status, reason, want)
+			}
+		})
+	}
+	for name, spared := range map[string]bool{
+		"security-stoop-own-node-pods": true, "security-node-own-node-nodes": true, "security-policy": false, "shop-stoop-own-node-pods": false,
+	} {
+		t.Run("the policy "+name, func(t *testing.T) {
+			a := newAnswerer(t, "delete-resource")
+			if _, err := a.admin.AdmissionregistrationV1().ValidatingAdmissionPolicies().Create(t.Context(), &admissionv1.ValidatingAdmissionPolicy{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			_, err := a.ask(`{kinds: [validatingadmissionpolicies.admissionregistration.k8s.io]}`, created("validatingadmissionpolicies", "", name), time.Now())
+			if status, _, _, reason := responders.Classify(err); status != map[bool]broker.Status{true: broker.Refused, false: broker.Done}[spared] {
+				t.Errorf("%s (%s)", status, reason)
 			}
 		})
 	}

@@ -81,9 +81,11 @@ func (f *Fleet) Look() { f.poke() }
 // SetPaused has r say that stoop is paused.
 func (r *Request) SetPaused(why func() string) { r.paused = why }
 
-// SetResync changes how long p follows one watch, and how much longer it waits for
-// its end.
-func (p *ClusterPause) SetResync(d, late time.Duration) { p.resync, p.late = d, late }
+// SetResync changes how long p follows one watch, how much longer it waits for its
+// end, and how long for a read.
+func (p *ClusterPause) SetResync(d, late, answer time.Duration) {
+	p.resync, p.late, p.answer = d, late, answer
+}
 
 // Known reports whether p has read the annotation.
 func (p *ClusterPause) Known() bool { _, _, known, _ := p.last(); return known }

@@ -145,6 +145,7 @@ var kinds = []struct {
 	{"rbac.authorization.k8s.io", "rolebindings", "RoleBinding", false, false},
 	{"rbac.authorization.k8s.io", "clusterroles", "ClusterRole", true, false},
 	{"rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding", true, false},
+	{"admissionregistration.k8s.io", "validatingadmissionpolicies", "ValidatingAdmissionPolicy", true, false},
 	{"autoscaling", "horizontalpodautoscalers", "HorizontalPodAutoscaler", false, false},
 	{"cilium.io", "ciliumnetworkpolicies", "CiliumNetworkPolicy", false, false},
 	{"projectcalico.org", "globalnetworkpolicies", "GlobalNetworkPolicy", true, false},
