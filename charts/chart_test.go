@@ -34,6 +34,11 @@ func TestValuesFiles(t *testing.T) {
 			for _, d := range r.daemonsets {
 				wellFormed(t, &d.Spec.Template.Spec)
 			}
+			for _, d := range r.deployment {
+				if d.Namespace == "" { // the demo is no part of it
+					wellFormed(t, &d.Spec.Template.Spec)
+				}
+			}
 			if pod := r.falco(); pod != nil {
 				falcoReads(t, r, pod)
 			}
@@ -375,8 +380,8 @@ func TestTokenAndPorts(t *testing.T) {
 		if loopback := strings.Contains(config, "listen: 127.0.0.1:2802"); loopback == strings.HasSuffix(file, "monitoring.yaml") {
 			t.Errorf("%s: %s", file, config)
 		}
-		for _, s := range r.services {
-			if s.Spec.InternalTrafficPolicy == nil || *s.Spec.InternalTrafficPolicy != corev1.ServiceInternalTrafficPolicyLocal {
+		for name, s := range r.services {
+			if strings.HasSuffix(name, "-alerts") && (s.Spec.InternalTrafficPolicy == nil || *s.Spec.InternalTrafficPolicy != corev1.ServiceInternalTrafficPolicyLocal) {
 				t.Errorf("%s: alerts of one node reach another's stoop", file)
 			}
 		}
@@ -456,4 +461,34 @@ func TestNotes(t *testing.T) {
 	}
 	// The line that they give works.
 	render(t, "--set", "mode=enforce", "--set", "enforce={delete-pod-on-critical}")
+}
+
+// Audit events have stoops of their own: elected, by HTTP, with an account of their
+// own, behind a Service that leads to whoever is ready.
+func TestAuditEvents(t *testing.T) {
+	r := render(t, "--values", filepath.Join(chart, "ci", "audit.yaml"))
+	d := r.deployment["stoop-audit"]
+	if d == nil || *d.Spec.Replicas != 2 || d.Spec.Strategy.Type != "Recreate" {
+		t.Fatalf("the Deployment is %+v", d)
+	}
+	pod := &d.Spec.Template.Spec
+	if pod.ServiceAccountName != "stoop-audit" || r.stoop(t).ServiceAccountName != "stoop" || pod.HostPID {
+		t.Errorf("it runs as %s", pod.ServiceAccountName)
+	}
+	if got := forbidden(t, *pod); len(got) > 0 {
+		t.Errorf("restricted has against it %q", got)
+	}
+	data, ofNodes := r.data(t, pod, "config"), r.data(t, r.stoop(t), "config")
+	if !strings.Contains(data["stoop.yaml"], "auditEvents: elected") || strings.Contains(ofNodes["stoop.yaml"], "elected") || data["rules.yaml"] != ofNodes["rules.yaml"] {
+		t.Errorf("its configuration is %s", data["stoop.yaml"])
+	}
+	for name, selector := range map[string]map[string]string{"stoop": r.daemonsets["stoop"].Spec.Selector.MatchLabels, "stoop-audit": d.Spec.Selector.MatchLabels} {
+		s := r.services["stoop-audit"].Spec.Selector
+		if matches := reflect.DeepEqual(s, selector); matches != (name == "stoop-audit") {
+			t.Errorf("the Service leads to %s: %t", name, matches)
+		}
+	}
+	if r := render(t); len(r.deployment) > 0 || len(r.audit.roles) > 0 {
+		t.Error("there is one without its being asked for")
+	}
 }

@@ -91,6 +91,8 @@ type rendered struct {
 	bindings   map[string]rbacv1.RoleRef      // the same
 	subjects   map[string][]rbacv1.Subject
 	policies   map[string]*admissionv1.ValidatingAdmissionPolicy
+	deployment map[string]*appsv1.Deployment
+	audit      *rendered // roles, bindings and subjects of the account that answers audit events
 	others     []unstructured.Unstructured
 	documents  []string
 }
@@ -137,6 +139,8 @@ func read(t testing.TB, text string) *rendered {
 		text: text, daemonsets: map[string]*appsv1.DaemonSet{}, configs: map[string]*corev1.ConfigMap{}, services: map[string]*corev1.Service{},
 		networks: map[string]*networkingv1.NetworkPolicy{}, roles: map[string][]rbacv1.PolicyRule{}, bindings: map[string]rbacv1.RoleRef{},
 		subjects: map[string][]rbacv1.Subject{}, policies: map[string]*admissionv1.ValidatingAdmissionPolicy{},
+		deployment: map[string]*appsv1.Deployment{},
+		audit:      &rendered{roles: map[string][]rbacv1.PolicyRule{}, bindings: map[string]rbacv1.RoleRef{}, subjects: map[string][]rbacv1.Subject{}},
 	}
 	for docs := yaml.NewYAMLReader(bufio.NewReader(strings.NewReader(text))); ; {
 		doc, err := docs.Read()
@@ -160,6 +164,10 @@ func read(t testing.TB, text string) *rendered {
 				t.Fatalf("%s %s: %v:\n%s", u.GetKind(), u.GetName(), err, doc)
 			}
 		}
+		of := r
+		if strings.HasSuffix(u.GetName(), "-audit") {
+			of = r.audit
+		}
 		switch u.GetKind() {
 		case "DaemonSet":
 			r.daemonsets[u.GetName()] = &appsv1.DaemonSet{}
@@ -176,12 +184,12 @@ func read(t testing.TB, text string) *rendered {
 		case "Role", "ClusterRole":
 			var role rbacv1.Role // a ClusterRole has the same fields
 			strict(&role)
-			r.roles[role.Kind+" "+role.Namespace] = role.Rules
+			of.roles[role.Kind+" "+role.Namespace] = role.Rules
 		case "RoleBinding", "ClusterRoleBinding":
 			var b rbacv1.RoleBinding
 			strict(&b)
-			r.bindings[strings.TrimSuffix(b.Kind, "Binding")+" "+b.Namespace] = b.RoleRef
-			r.subjects[strings.TrimSuffix(b.Kind, "Binding")+" "+b.Namespace] = b.Subjects
+			of.bindings[strings.TrimSuffix(b.Kind, "Binding")+" "+b.Namespace] = b.RoleRef
+			of.subjects[strings.TrimSuffix(b.Kind, "Binding")+" "+b.Namespace] = b.Subjects
 		case "ValidatingAdmissionPolicy":
 			r.policies[u.GetName()] = &admissionv1.ValidatingAdmissionPolicy{}
 			strict(r.policies[u.GetName()])
@@ -194,8 +202,8 @@ func read(t testing.TB, text string) *rendered {
 		case "Namespace":
 			strict(&corev1.Namespace{})
 		case "Deployment":
-			strict(&appsv1.Deployment{})
-			r.others = append(r.others, u)
+			r.deployment[u.GetName()] = &appsv1.Deployment{}
+			strict(r.deployment[u.GetName()])
 		case "PodMonitor", "PrometheusRule":
 			r.others = append(r.others, u)
 		default:

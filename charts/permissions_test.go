@@ -35,11 +35,24 @@ func flat(rules []rbacv1.PolicyRule) []string {
 func samePermissions(t *testing.T, r *rendered, account string) *rendered {
 	t.Helper()
 	config, rules := r.files(t)
-	text, err := command(t.Context(), "", programs.stoop, "rbac", "--config", config, "--rules", rules, "--namespace", namespace, "--service-account", account)
-	if err != nil {
-		t.Fatal(err)
+	printed := func(account string, args ...string) *rendered {
+		t.Helper()
+		text, err := command(t.Context(), "", programs.stoop, append([]string{"rbac", "--config", config, "--rules", rules, "--namespace", namespace, "--service-account", account}, args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return read(t, text)
 	}
-	want := read(t, text)
+	want := printed(account)
+	same(t, r, want)
+	if len(r.audit.roles) > 0 {
+		same(t, r.audit, printed(account+"-audit", "--audit-events").audit)
+	}
+	return want
+}
+
+func same(t *testing.T, r, want *rendered) {
+	t.Helper()
 	if got, want := slices.Sorted(maps.Keys(r.roles)), slices.Sorted(maps.Keys(want.roles)); !slices.Equal(got, want) {
 		t.Errorf("the chart has the roles %q, stoop rbac prints %q", got, want)
 	}
@@ -51,7 +64,6 @@ func samePermissions(t *testing.T, r *rendered, account string) *rendered {
 			t.Errorf("%s: the chart binds %v to %v, stoop rbac %v to %v", role, r.bindings[role], r.subjects[role], want.bindings[role], want.subjects[role])
 		}
 	}
-	return want
 }
 
 func samePolicies(t *testing.T, got, want *rendered) {
@@ -209,7 +221,7 @@ func TestPermissionsOfEveryResponder(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					r := render(t, values(t, string(b)))
+					r := render(t, values(t, string(b)), "--set", "auditEvents.enabled=true,auditEvents.http.tokenSecret=a,auditEvents.http.tlsSecret=b")
 					samePolicies(t, r, samePermissions(t, r, "stoop"))
 					if t.Failed() {
 						t.Fatalf("with %s", b)

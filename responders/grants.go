@@ -126,6 +126,8 @@ type Described struct {
 	// What stoop needs before any responder does, everywhere and in its own namespace.
 	Base []DescribedRule `json:"base"`
 	Own  []DescribedRule `json:"own"`
+	// Audit is what it needs in its own namespace besides, to answer audit events.
+	Audit []DescribedRule `json:"audit"`
 	// ClusterScoped are resources that are in no namespace, by their group.
 	ClusterScoped map[string][]string           `json:"clusterScoped"`
 	Responders    map[string]DescribedResponder `json:"responders"`
@@ -147,6 +149,7 @@ type DescribedRule struct {
 // DescribedResponder is an [Entry].
 type DescribedResponder struct {
 	Object     string            `json:"object,omitempty"` // pod or resource; "" is anything else
+	OfNode     bool              `json:"ofNode,omitempty"` // anything else that is on a node, or is one
 	PodWhen    When              `json:"podWhen,omitempty"`
 	Everywhere When              `json:"everywhere,omitempty"`
 	Instead    string            `json:"instead,omitempty"`
@@ -158,6 +161,7 @@ type DescribedResponder struct {
 func Describe(entries []Entry) Described {
 	d := Described{
 		Base: describedRules(always(BaseRBAC()...)), Own: describedRules(always(OwnRBAC()...)),
+		Audit:         describedRules(always(ElectionRBAC()...)),
 		ClusterScoped: clusterScopedResources(), Responders: map[string]DescribedResponder{},
 	}
 	for i := range entries {
@@ -168,6 +172,7 @@ func Describe(entries []Entry) Described {
 		}
 		r := DescribedResponder{
 			Object:  map[Object]string{PodObject: "pod", ResourceObject: "resource"}[e.Object],
+			OfNode:  e.Object != NoObject && e.Object != PodObject && e.Object != ResourceObject,
 			PodWhen: e.PodWhen, Everywhere: e.Everywhere, Instead: e.Instead, Rules: describedRules(grants),
 		}
 		decide := func(w When) {

@@ -61,8 +61,8 @@ the two together.
 {{- $responder := get $data.responders .responder -}}
 {{- $object := $responder.object | default "" -}}
 {{- if include "stoop.holds" (dict "when" $responder.podWhen "params" .params "defaults" $responder.defaults) -}}{{- $object = "pod" -}}{{- end -}}
-{{- /* What audit events name, no node's stoop acts on. */ -}}
-{{- if not (or (eq $object "resource") (and .limited (not .namespaces) $object)) -}}
+{{- /* What audit events name, no node's stoop acts on; the one that answers them, on nothing else. */ -}}
+{{- if not (or (and $object (ne .audit (eq $object "resource"))) (and .audit $responder.ofNode) (and .limited (not .namespaces) $object)) -}}
 {{- $everywhere := or (not .limited) (not $object) (include "stoop.holds" (dict "when" $responder.everywhere "params" .params "defaults" $responder.defaults)) -}}
 {{- $expanded := dict "rules" list -}}
 {{- range $responder.rules -}}
@@ -84,26 +84,27 @@ the two together.
 {{- include "stoop.grant" (merge (dict "to" (get $into.namespaces .)) $grant) -}}
 {{- end -}}
 {{- end -}}
-{{- include "stoop.grant" (merge (dict "to" $into.onNode) $grant) -}}
+{{- if not $step.audit -}}{{- include "stoop.grant" (merge (dict "to" $into.onNode) $grant) -}}{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if $responder.instead -}}
-{{- include "stoop.plan" (dict "data" $data "into" $into "responder" $responder.instead "params" dict "namespaces" .namespaces "limited" .limited) -}}
+{{- include "stoop.plan" (dict "data" $data "into" $into "responder" $responder.instead "params" dict "namespaces" .namespaces "limited" .limited "audit" .audit) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{/* All that rules need, as JSON: cluster, own, onNode, namespaces. (dict "root" $ "rules" list). */}}
+{{/* All that rules need, as JSON: cluster, own, onNode, namespaces. (dict "root" $ "rules" list "audit" bool). */}}
 {{- define "stoop.permissions" -}}
 {{- $root := .root -}}
 {{- $data := .root.Files.Get "files/grants.json" | fromJson -}}
 {{- $into := dict "cluster" dict "own" dict "onNode" dict "namespaces" dict -}}
-{{- range $data.base -}}
+{{- $audit := .audit -}}
+{{- range ternary list $data.base $audit -}}
 {{- $expanded := dict "rules" list -}}
 {{- include "stoop.expand" (dict "into" $expanded "rule" . "params" dict) -}}
 {{- range $expanded.rules -}}{{- include "stoop.grant" (merge (dict "to" $into.cluster "by" "stoop itself") .) -}}{{- end -}}
 {{- end -}}
-{{- range $data.own -}}
+{{- range ternary (concat $data.own $data.audit) $data.own $audit -}}
 {{- $expanded := dict "rules" list -}}
 {{- include "stoop.expand" (dict "into" $expanded "rule" . "params" dict) -}}
 {{- range $expanded.rules -}}{{- include "stoop.grant" (merge (dict "to" $into.own "by" "stoop itself") .) -}}{{- end -}}
@@ -115,9 +116,14 @@ the two together.
 {{- $fields := dig "match" "fields" dict $rule -}}
 {{- $sources := dig "match" "source" list $rule -}}
 {{- if not (kindIs "slice" $sources) -}}{{- $sources = list $sources -}}{{- end -}}
-{{- $nodes := not $sources -}}
-{{- range $sources -}}{{- if ne . "k8s_audit" -}}{{- $nodes = true -}}{{- end -}}{{- end -}}
-{{- range $action := ternary $rule.actions list $nodes -}}
+{{- $counts := not $sources -}}
+{{- range $sources -}}
+{{- if $audit -}}
+{{- if regexMatch (printf "^%s$" (regexQuoteMeta . | replace "\\*" ".*" | replace "\\?" ".")) "k8s_audit" -}}{{- $counts = true -}}{{- end -}}
+{{- else if ne . "k8s_audit" -}}{{- $counts = true -}}
+{{- end -}}
+{{- end -}}
+{{- range $action := ternary $rule.actions list $counts -}}
 {{- $name := "" -}}
 {{- $params := dict -}}
 {{- if kindIs "string" $action -}}
@@ -144,7 +150,7 @@ the two together.
 {{- end -}}
 {{- if $takes -}}{{- $namespaces = append $namespaces $ns -}}{{- end -}}
 {{- end -}}
-{{- include "stoop.plan" (dict "data" $data "into" $into "responder" $name "params" $params "namespaces" (ternary $namespaces list $limited) "limited" $limited) -}}
+{{- include "stoop.plan" (dict "data" $data "into" $into "responder" $name "params" $params "namespaces" (ternary $namespaces list $limited) "limited" $limited "audit" $audit) -}}
 {{- end -}}
 {{- end -}}
 {{ toJson $into }}
@@ -189,12 +195,12 @@ the two together.
 
 {{/*
 A role, its binding, and what ties it to its node, for an account and its rules:
-(dict "root" $ "rules" list "account" name "ownNode" bool).
+(dict "root" $ "rules" list "account" name "ownNode" bool "audit" bool: of the stoops that answer audit events).
 */}}
 {{- define "stoop.rbac" -}}
 {{- $root := .root -}}
 {{- $account := .account -}}
-{{- $needs := include "stoop.permissions" (dict "root" .root "rules" .rules) | fromJson -}}
+{{- $needs := include "stoop.permissions" (dict "root" .root "rules" .rules "audit" .audit) | fromJson -}}
 {{- $name := printf "%s-%s" .root.Release.Namespace .account -}}
 {{- if eq .root.Release.Namespace .account -}}{{- $name = .account -}}{{- end -}}
 {{- $labels := include "stoop.labels" (dict "root" .root "component" "permissions") -}}
