@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -102,6 +103,13 @@ func rewrite(t *testing.T, dir string, edit func([]*nats.Msg) []*nats.Msg) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// rehash gives a message the hash that docs/journal.md says it has to have.
+func rehash(m *nats.Msg) {
+	lines := append([]string{m.Header.Get(broker.HeaderLink), m.Header.Get(broker.HeaderLast)}, m.Header.Values(broker.HeaderWas)...)
+	text := strings.Join(append(lines, m.Subject), "\n") + "\n" + string(m.Data)
+	m.Header.Set(broker.HeaderHash, fmt.Sprintf("%x", sha256.Sum256([]byte(text))))
 }
 
 // Outcomes published at once stand in one chain, in the order of the stream, which
@@ -261,6 +269,21 @@ func TestAJournalWithDroppedOutcomes(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	b.Close()
+	t.Run("one of another is changed, with a hash that fits", func(t *testing.T) {
+		copied := t.TempDir()
+		if err := os.CopyFS(filepath.Join(copied, "store"), os.DirFS(filepath.Join(dir, "store"))); err != nil {
+			t.Fatal(err)
+		}
+		rewrite(t, copied, func(all []*nats.Msg) []*nats.Msg {
+			m := all[1] // what follows it in the journal is gone
+			m.Data = []byte(strings.Replace(string(m.Data), `"done"`, `"audit"`, 1))
+			rehash(m)
+			return all
+		})
+		if v := verifyCopy(t, copied, broker.Head{}); v.Broken == nil || strings.Contains(v.Broken.What, "its hash is another") {
+			t.Errorf("%+v", v.Broken)
+		}
+	})
 	for _, c := range []struct {
 		name   string
 		remove func(i int, responder string) bool
@@ -379,10 +402,11 @@ func TestTheJournalOverAFullDisk(t *testing.T) {
 			rewrite(t, dir, func(all []*nats.Msg) []*nats.Msg {
 				m := all[len(all)-2]
 				m.Header.Set(broker.HeaderWas, strings.Replace(m.Header.Get(broker.HeaderWas), "5 ", "6 ", 1))
+				rehash(m)
 				return all
 			})
-			if v := verifyCopy(t, dir, broker.Head{}); v.Broken == nil {
-				t.Errorf("what it was is changed: %+v", v)
+			if v := verifyCopy(t, dir, broker.Head{}); v.Broken == nil || !strings.Contains(v.Broken.What, "is not what it was in memory") {
+				t.Errorf("what it was is changed: %+v", v.Broken)
 			}
 		})
 	}
@@ -394,11 +418,28 @@ func TestARefusedAppendLeavesNoHole(t *testing.T) {
 	dir := t.TempDir()
 	b := openStore(t, broker.Config{Dir: dir})
 	say(t, b, "a")
-	// Somebody else's messages: the sequences that were counted on are wrong.
 	js, err := jetstream.New(b.Conn())
 	if err != nil {
 		t.Fatal(err)
 	}
+	// One that the stream does not take, as a store may refuse one and take the next.
+	s, err := js.Stream(t.Context(), broker.StreamOutcomes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.CachedInfo().Config
+	cfg.MaxMsgSize = 4096
+	if _, err := js.UpdateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.PublishOutcome(broker.Outcome{ID: "x", Responder: "a", Reason: strings.Repeat("x", 5000)}); err == nil {
+		t.Error("the stream took what is too large")
+	}
+	say(t, b, "a", "b")
+	if v := whole(t, b, b.Journal()); v.Head.N != 3 {
+		t.Errorf("%+v", v)
+	}
+	// Somebody else's messages: the sequences that were counted on are wrong.
 	for range 30 {
 		if _, err := js.Publish(t.Context(), broker.OutcomeSubject("b"), []byte("{}")); err != nil {
 			t.Fatal(err)
@@ -409,7 +450,7 @@ func TestARefusedAppendLeavesNoHole(t *testing.T) {
 		all.Go(func() { say(t, b, "a") })
 	}
 	all.Wait()
-	if v := verify(t, b, broker.Head{}); v.Head.N != 21 || v.Outcomes != 21 || v.Breaks != 1 {
+	if v := verify(t, b, broker.Head{}); v.Head.N != 23 || v.Outcomes != 23 || v.Breaks != 1 {
 		t.Errorf("%+v", v)
 	}
 	b.Close()
