@@ -51,26 +51,54 @@ type storeSwitch struct {
 	mu      sync.Mutex
 	broker  *broker.Broker
 	changed chan struct{} // closed, and made anew, when broker changes
+	storing sync.WaitGroup
+	leave   context.CancelCauseFunc // ends what is being stored
+	stay    context.Context
 }
 
 func newStoreSwitch() *storeSwitch { return &storeSwitch{changed: make(chan struct{})} }
 
+// errSwitched is why a store that is being left takes no more.
+var errSwitched = errors.New("this store is being left")
+
+// use has b take what comes from now on; nil: nobody. Then what the one before was
+// being handed is stored in it when use returns, or refused, and nothing comes after
+// that: all that it has to hand on can be read from it.
 func (s *storeSwitch) use(b *broker.Broker) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.broker = b
+	if s.leave != nil {
+		s.leave(errSwitched)
+	}
+	s.stay, s.leave = context.WithCancelCause(context.Background())
 	close(s.changed)
 	s.changed = make(chan struct{})
+	s.mu.Unlock()
+	if b == nil {
+		s.storing.Wait()
+	}
+}
+
+// storeIn stores in b, until it is being left.
+func (s *storeSwitch) storeIn(ctx context.Context, b *broker.Broker, stay context.Context, batch []pipe.Arrival) (int, error) {
+	defer s.storing.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(stay, func() { cancel(errSwitched) })()
+	return b.Store(ctx, batch)
 }
 
 // Store implements [pipe.Store]. While there is no broker it waits.
 func (s *storeSwitch) Store(ctx context.Context, batch []pipe.Arrival) (int, error) {
 	for {
 		s.mu.Lock()
-		b, changed := s.broker, s.changed
+		b, changed, stay := s.broker, s.changed, s.stay
+		if b != nil {
+			s.storing.Add(1)
+		}
 		s.mu.Unlock()
 		if b != nil {
-			n, err := b.Store(ctx, batch)
+			n, err := s.storeIn(ctx, b, stay, batch)
 			failpoint.Hit("pipe.after-store")
 			return n, err
 		}
