@@ -59,11 +59,15 @@ func (r *release) add(t *tar.Writer, name, path string, mode int64) error {
 	if err != nil {
 		return err
 	}
+	return r.addData(t, name, data, mode)
+}
+
+func (r *release) addData(t *tar.Writer, name string, data []byte, mode int64) error {
 	header := &tar.Header{Name: name, Mode: mode, Size: int64(len(data)), ModTime: r.date, Typeflag: tar.TypeReg, Format: tar.FormatUSTAR}
 	if err := t.WriteHeader(header); err != nil {
 		return err
 	}
-	_, err = t.Write(data)
+	_, err := t.Write(data)
 	return err
 }
 

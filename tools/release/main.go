@@ -1,5 +1,5 @@
 // Command release makes what is given to users: the programs, the .deb and the
-// .rpm, the image, and what they are made of.
+// .rpm, the image, the chart, and what they are made of.
 //
 //	go run ./release [-version V] [-out DIR] packages|image|all
 //
@@ -145,6 +145,9 @@ func (r *release) all(ctx context.Context) error {
 	}
 	if err := r.archives(ctx); err != nil {
 		return err
+	}
+	if err := r.chart(); err != nil {
+		return fmt.Errorf("pack the chart: %w", err)
 	}
 	return r.image(ctx)
 }

@@ -99,7 +99,7 @@ func TestReleaseIsReproducible(t *testing.T) {
 	arch := runtime.GOARCH
 	rpmArch := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[arch]
 	want := []string{
-		"SHA256SUMS", "stoop-9.9.9-1." + rpmArch + ".rpm", "stoop_9.9.9_" + arch + ".deb", "stoop_9.9.9_image.digest",
+		"SHA256SUMS", "stoop-9.9.9-1." + rpmArch + ".rpm", "stoop-9.9.9.tgz", "stoop_9.9.9_" + arch + ".deb", "stoop_9.9.9_image.digest",
 		"stoop_9.9.9_image.tar", "stoop_9.9.9_linux_" + arch + ".tar.gz",
 	}
 	if !slices.Equal(names, want) {
@@ -111,6 +111,7 @@ func TestReleaseIsReproducible(t *testing.T) {
 		t.Errorf("sha256sum: %v: %s", err, out)
 	}
 	t.Run("image", func(t *testing.T) { checkImage(t, one) })
+	t.Run("chart", func(t *testing.T) { checkChart(t, one) })
 	t.Run("packages", func(t *testing.T) { checkPackages(t, one) })
 }
 
@@ -168,6 +169,29 @@ func checkImage(t *testing.T, dist string) {
 			t.Errorf("it runs %q as %q", config.Config.Entrypoint, config.Config.User)
 		}
 		checkFiles(t, img)
+	}
+}
+
+// checkChart holds the chart to what Helm wants of an archive; make chart is for
+// what it makes of it.
+func checkChart(t *testing.T, dist string) {
+	z, err := gzip.NewReader(bytes.NewReader(read(t, filepath.Join(dist, "stoop-9.9.9.tgz"))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := map[string]string{}
+	untar(t, z, func(h *tar.Header, data []byte) { content[h.Name] = string(data) })
+	about := content["stoop/Chart.yaml"]
+	if !strings.Contains(about, "\nversion: \"9.9.9\"\n") || !strings.Contains(about, "\nappVersion: \"9.9.9\"\n") {
+		t.Errorf("Chart.yaml says %s", about)
+	}
+	if content["stoop/values.yaml"] == "" || content["stoop/templates/daemonset.yaml"] == "" || content["stoop/values.schema.json"] == "" {
+		t.Error("the chart lacks something")
+	}
+	for name := range content {
+		if strings.HasPrefix(name, "stoop/ci/") {
+			t.Errorf("the chart holds %s", name)
+		}
 	}
 }
 
