@@ -208,13 +208,20 @@ func TestPermissionsAreWhereTheyAreNeeded(t *testing.T) {
 		}},
 		// What the one acts on, the other never does.
 		{"an audit event on a node", false, []responders.Planned{step("delete-resource", `{"kinds":["secrets"]}`), step("revoke-access", ""), step("delete-pod", "")}, nil, []want{
-			{cluster, "delete", core, "secrets", false}, {cluster, "delete", rbac, "clusterrolebindings", false}, {cluster, "delete", core, "pods", true},
+			{cluster, "delete", core, "secrets", false},
+			{cluster, "delete", rbac, "clusterrolebindings", false},
+			{cluster, "delete", core, "pods", true},
 			{"Role security", "update", leases, "leases", false},
 		}},
 		{"a node's alert beside audit events", true, []responders.Planned{step("delete-resource", `{"kinds":["secrets"]}`), step("delete-pod", ""), step("cordon-node", ""), step("capture-logs", "")}, nil, []want{
-			{cluster, "delete", core, "secrets", true}, {cluster, "delete", core, "pods", false}, {cluster, "list", core, "pods", false}, {cluster, "patch", core, "nodes", false},
-			{cluster, "get", core, "pods/log", false}, {cluster, "watch", core, "namespaces", true},
-			{"Role security", "update", leases, "leases", true}, {"Role security", "create", leases, "leases", true},
+			{cluster, "delete", core, "secrets", true},
+			{cluster, "delete", core, "pods", false},
+			{cluster, "list", core, "pods", false},
+			{cluster, "patch", core, "nodes", false},
+			{cluster, "get", core, "pods/log", false},
+			{cluster, "watch", core, "namespaces", true},
+			{"Role security", "update", leases, "leases", true},
+			{"Role security", "create", leases, "leases", true},
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
