@@ -90,6 +90,7 @@ type Host struct {
 	resumed    chan struct{} // a token when a pause is over
 	lost       lost          // outcomes that the store refused
 
+	seeing       sync.Mutex // while clusterPause becomes what the annotation says
 	clusterPause atomic.Pointer[Pause]
 }
 
@@ -352,10 +353,11 @@ func (h *Host) prepare(ctx context.Context, d *broker.Delivery, r *running, req 
 		}
 		return h.approval(ctx, r, req)
 	}
+	pending := h.Cluster.pending() // asked first: what comes now is seen below
 	if p := h.paused(s); p != "" {
 		return h.suppress("pause", p)
 	}
-	if h.Cluster.pending() && mode == broker.Enforce {
+	if pending && mode == broker.Enforce {
 		return "", "", busyAgain
 	}
 	if p := h.Guards.protected(req.Target, req.Pod); p != "" {

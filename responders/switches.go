@@ -79,9 +79,7 @@ func (h *Host) loadPause(ctx context.Context) error {
 	}
 	if h.Cluster != nil {
 		// A store that is gone back to may be behind what this process has seen.
-		if paused, why, known, _ := h.Cluster.last(); known {
-			h.seeCluster(paused, why)
-		}
+		h.seeCluster()
 	}
 	return nil
 }
@@ -103,16 +101,15 @@ func (h *Host) followCluster(ctx context.Context) {
 	if h.Cluster == nil {
 		return
 	}
-	unstored := true // what an earlier store has, this one may lack
+	var stored *Pause // what an earlier store has, this one may lack
 	for {
-		paused, why, known, changed := h.Cluster.last()
-		if known {
-			unstored = h.seeCluster(paused, why) || unstored
-		}
+		_, _, _, changed := h.Cluster.last()
+		h.seeCluster()
 		again := make(<-chan time.Time)
-		if unstored {
-			err := h.Broker.State().Put(ctx, keyClusterPause, h.clusterPause.Load(), 0)
-			if unstored = err != nil; unstored && ctx.Err() == nil {
+		if is := h.clusterPause.Load(); is != stored {
+			if err := h.Broker.State().Put(ctx, keyClusterPause, is, 0); err == nil {
+				stored = is
+			} else if ctx.Err() == nil {
 				h.Log.Error("the cluster's pause could not be stored: it holds for now, but not over a restart while the API server is away", "error", err)
 				again = time.After(pauseStore)
 			}
@@ -126,13 +123,16 @@ func (h *Host) followCluster(ctx context.Context) {
 	}
 }
 
-// seeCluster pauses or goes on, as the annotation says, and reports whether that is
-// new.
-func (h *Host) seeCluster(paused bool, why string) bool {
+// seeCluster pauses or goes on, as the annotation says. Whoever asks whether it is
+// paused calls it first, so that nothing is done between seeing and following it.
+func (h *Host) seeCluster() {
+	h.seeing.Lock()
+	defer h.seeing.Unlock()
+	paused, why, known, _ := h.Cluster.last()
 	p := *h.clusterPause.Load()
 	was := p.Paused
-	if was == paused && (!paused || p.Actor == why) {
-		return false
+	if !known || was == paused && (!paused || p.Actor == why) {
+		return
 	}
 	now := time.Now().UTC()
 	p.Paused = paused
@@ -147,11 +147,10 @@ func (h *Host) seeCluster(paused bool, why string) bool {
 	h.clusterPause.Store(&p)
 	if paused {
 		h.Log.Warn("acting is paused on every node of the cluster", "namespace", h.Cluster.Namespace, "annotation", pauseAnnotation, "why", why)
-		return true
+		return
 	}
 	h.Log.Warn("acting is resumed on every node of the cluster", "namespace", h.Cluster.Namespace)
 	h.wakeKeeper()
-	return true
 }
 
 // wakeKeeper has it looked at what was done on the node before a pause.
@@ -167,7 +166,11 @@ func (h *Host) stopped() string {
 	if p := h.pause.Load(); p.Paused {
 		return fmt.Sprintf("paused by %s since %s", p.Actor, p.Since.Format(time.RFC3339))
 	}
-	if p := h.clusterPause.Load(); p.Paused && h.Cluster != nil {
+	if h.Cluster == nil {
+		return ""
+	}
+	h.seeCluster()
+	if p := h.clusterPause.Load(); p.Paused {
 		said := ""
 		if p.Actor != "" {
 			said = fmt.Sprintf(": %q", p.Actor)
