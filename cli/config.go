@@ -145,6 +145,7 @@ type Guard struct {
 	Cooldown    param.Duration `param:"cooldown" doc:"After an act, the same rule leaves the same object alone for so long."`
 	MaxAge      param.Duration `param:"maxAge" min:"1s" doc:"An older alert is not acted on."`
 	Approval    param.Duration `param:"approval" min:"1m" doc:"So long a step waits for somebody to approve it."`
+	Settle      param.Duration `param:"settle" doc:"So long a rule that is new, or was changed, acts as in audit mode. 0s: it enforces at once."`
 	Limits      APILimits      `param:"limits" doc:"Harmful steps through the API server at most, as N/window; 0 is no limit."`
 	LocalLimits Limits         `param:"localLimits" doc:"The same for harmful steps that this node does by itself: freeze, cut, kill. A busy breaker of the one holds up none of the other."`
 }
@@ -290,6 +291,7 @@ func defaults() Config {
 			Cooldown:    param.Duration(5 * minute),
 			MaxAge:      param.Duration(10 * minute),
 			Approval:    param.Duration(60 * minute),
+			Settle:      param.Duration(10 * minute),
 			Limits:      APILimits{Rate{5, minute}, Rate{5, minute}, Rate{10, minute}, Rate{60, 10 * minute}},
 			LocalLimits: Limits{Rate{20, minute}, Rate{20, minute}, Rate{40, minute}},
 		},

@@ -187,9 +187,7 @@ func (e *engine) runOn(ctx context.Context, b *broker.Broker, carried *snapshot)
 		return false, err
 	}
 	b.Expect(e.named(e.router.Rules())...)
-	if err := host.SetRules(ctx, modesOf(e.router.Rules())); err != nil {
-		e.log.Error("since when rules enforce could not be stored", "error", err)
-	}
+	e.tellRules(ctx, host, e.router.Rules())
 
 	runCtx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -382,13 +380,15 @@ func (s *snapshot) publish(ctx context.Context, b *broker.Broker, log *slog.Logg
 // carryChunk is how many alerts are handed over at a time.
 const carryChunk = 512
 
-// modesOf are the modes of the rules in force.
-func modesOf(s *rules.Set) map[string]broker.Mode {
-	m := make(map[string]broker.Mode, len(s.Rules))
+// tellRules says to a host which rules are in force.
+func (e *engine) tellRules(ctx context.Context, h *responders.Host, s *rules.Set) {
+	modes, hashes := map[string]broker.Mode{}, map[string]string{}
 	for _, r := range s.Rules {
-		m[r.Name] = r.Mode
+		modes[r.Name], hashes[r.Name] = r.Mode, r.Hash
 	}
-	return m
+	if err := errors.Join(h.SettleRules(ctx, hashes), h.SetRules(ctx, modes)); err != nil {
+		e.log.Error("since when rules enforce could not be stored", "error", err)
+	}
 }
 
 // named are the responders that rules may need: those that they name, and those that
@@ -414,9 +414,7 @@ func (e *engine) setRules(ctx context.Context, s *rules.Set) {
 	// rules match came after that.
 	if g := e.current.Load(); g != nil {
 		g.broker.Expect(e.named(s)...)
-		if err := g.host.SetRules(ctx, modesOf(s)); err != nil {
-			e.log.Error("since when rules enforce could not be stored", "error", err)
-		}
+		e.tellRules(ctx, g.host, s)
 	}
 	e.router.SetRules(s)
 }

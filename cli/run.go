@@ -551,7 +551,8 @@ func (c *Config) guards(name string, self responders.Self, own *responders.OwnPr
 		Mode: broker.Mode(c.Mode), Node: name, Aliases: c.Aliases, Self: self, Own: own,
 		Namespaces: slices.Clone(c.Guard.Protect.Namespaces), PriorityClasses: c.Guard.Protect.PriorityClasses,
 		Cooldown: time.Duration(c.Guard.Cooldown), MaxAge: time.Duration(c.Guard.MaxAge), Approval: time.Duration(c.Guard.Approval),
-		API: c.Guard.Limits.rates(), Local: c.Guard.LocalLimits.rates(),
+		Settle: time.Duration(c.Guard.Settle),
+		API:    c.Guard.Limits.rates(), Local: c.Guard.LocalLimits.rates(),
 	}
 	if self.Namespace != "" {
 		g.Namespaces = append(g.Namespaces, self.Namespace)

@@ -33,6 +33,7 @@ type Guards struct {
 	Cooldown time.Duration // per rule and object, from done on
 	MaxAge   time.Duration // an older alert is not acted on
 	Approval time.Duration // how long a step waits for a person
+	Settle   time.Duration // so long a new or changed rule only tells what it would do
 
 	// Harmful steps at most, of those that go to the API server and of those
 	// that this node does by itself: a busy breaker of the one must not hold up

@@ -86,9 +86,10 @@ type Host struct {
 	approvals  *approvals
 	pause      atomic.Pointer[Pause]
 	enforced   atomic.Pointer[enforced]
-	underway   sync.Map      // the ids of the steps being handled
-	resumed    chan struct{} // a token when a pause is over
-	lost       lost          // outcomes that the store refused
+	settled    atomic.Pointer[settled] // nil: no rules were ever in force
+	underway   sync.Map                // the ids of the steps being handled
+	resumed    chan struct{}           // a token when a pause is over
+	lost       lost                    // outcomes that the store refused
 
 	seeing       sync.Mutex // while clusterPause becomes what the annotation says
 	clusterPause atomic.Pointer[Pause]
@@ -173,6 +174,9 @@ func NewHost(ctx context.Context, c Config) (*Host, error) {
 		return nil, err
 	}
 	if err := h.loadEnforced(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.loadSettled(ctx); err != nil {
 		return nil, err
 	}
 	var err error
@@ -826,6 +830,9 @@ func (h *Host) mode(s *broker.Step) (broker.Mode, string) {
 	}
 	if s.Received.Before(e.since(s.Rule)) {
 		return broker.Audit, "the alert came before enforce was switched on"
+	}
+	if why := h.settling(s.Rule, s.Received); why != "" {
+		return broker.Audit, why
 	}
 	return broker.Enforce, ""
 }

@@ -21,6 +21,9 @@ func (h *Host) Dump() map[string][]byte {
 	put(all, keyPause, h.pause.Load())
 	put(all, keyClusterPause, h.clusterPause.Load())
 	put(all, keyEnforced, h.enforced.Load())
+	if s := h.settled.Load(); s != nil {
+		put(all, keySettled, s)
+	}
 	return all
 }
 
