@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"stoop/broker"
 	"stoop/broker/brokertest"
 )
@@ -104,4 +106,43 @@ func TestAStepWhoseConsumerWasNeverMade(t *testing.T) {
 	}); err != nil || len(got) != 1 || got[0] != "one" {
 		t.Errorf("consumed %v, error %v", got, err)
 	}
+}
+
+// A consumer that is gone ends what is being handled, which may hang: only then is
+// anybody told.
+func TestAConsumerThatIsGoneEndsWhatHangs(t *testing.T) {
+	b := brokertest.New(t)
+	if err := b.OpenSteps(t.Context(), "one"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.PublishStep(t.Context(), &broker.Step{ID: "hangs", Action: broker.Action{Responder: "one"}}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	handling, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- b.ConsumeSteps(ctx, "one", 4, func(ctx context.Context, _ *broker.Delivery) {
+			close(handling)
+			<-ctx.Done()
+		})
+	}()
+	<-handling
+	js, err := jetstream.New(b.Conn())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := js.DeleteConsumer(t.Context(), broker.StreamActions, "one"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("it ended without an error")
+		}
+	case <-time.After(15 * time.Second):
+		t.Error("it does not end")
+		cancel()
+		<-ended
+	}
+	cancel()
 }

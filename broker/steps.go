@@ -314,13 +314,16 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 	}
 	defer it.Stop()
 
+	// When the consumer ends by itself, what is being handled is told so too: it may
+	// hang, or have very much waiting behind it.
+	handling, end := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	defer running.Wait()
 	held := &held{msgs: map[jetstream.Msg]struct{}{}}
 	keepCtx, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
 	var keeper sync.WaitGroup
 	keeper.Go(func() { held.keep(keepCtx) })
 	defer func() {
+		end()
 		running.Wait()
 		stopKeeping()
 		keeper.Wait()
@@ -354,7 +357,7 @@ func (b *Broker) consumeSteps(ctx context.Context, responder string, concurrency
 		held.add(m)
 		running.Go(func() {
 			defer func() { <-slots }()
-			handle(ctx, d)
+			handle(handling, d)
 			if !d.kept {
 				held.remove(m)
 			}
