@@ -246,3 +246,26 @@ rules:
 		t.Error("the next step of the chain, or its outcome, does not say who agreed")
 	}
 }
+
+// What was counted of alerts is stored before they are done with, also where nothing
+// follows from them yet.
+func TestWhatWasCountedIsStored(t *testing.T) {
+	b := start(t, "rules: [{name: r, match: {priority: debug}, when: {count: 3, within: 60s, by: pod}, actions: [one]}]")
+	for i := range 2 {
+		b.store(fmt.Sprintf(`{"priority":"Debug","rule":"R","output":"%d","time":%q,"output_fields":{"k8s.ns.name":"shop","k8s.pod.name":"web"}}`, i, time.Now().Format(time.RFC3339Nano)), broker.OriginFIFO)
+	}
+	var at uint64
+	for end := time.Now().Add(10 * time.Second); at < 2; time.Sleep(time.Millisecond) {
+		if _, err := b.broker.State().Get(t.Context(), "router.ALERTS", &at); err != nil || time.Now().After(end) {
+			t.Fatalf("position %d: %v", at, err)
+		}
+	}
+	n := 0
+	err := b.broker.State().Each(t.Context(), "when.>", func(_ string, value []byte, _ time.Time) error {
+		n += strings.Count(string(value), `"at":`)
+		return nil
+	})
+	if err != nil || n != 2 {
+		t.Errorf("%d alerts are stored as counted, %v", n, err)
+	}
+}
