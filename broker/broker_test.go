@@ -622,3 +622,31 @@ func TestWhatAgreesIsRoutedAlthoughItCannotBeKept(t *testing.T) {
 		t.Errorf("asked %d times to keep, the store's error is %v", k.asked.Load(), b.Err())
 	}
 }
+
+// slowly is a keeper that has much to store.
+type slowly struct{ asked atomic.Int32 }
+
+func (k *slowly) Keep(context.Context) error {
+	k.asked.Add(1)
+	time.Sleep(50 * time.Millisecond)
+	return nil
+}
+func (k *slowly) Kept(*broker.Step) {}
+
+// What is kept of a flood is much, and is stored as a whole each time: the store has
+// something else to do besides.
+func TestWhatIsMuchIsKeptSeldom(t *testing.T) {
+	b := brokertest.New(t)
+	var other ids
+	k := &slowly{}
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, k) })
+	n := 0
+	for begin := time.Now(); time.Since(begin) < 1500*time.Millisecond; time.Sleep(5 * time.Millisecond) {
+		n++
+		store(t, b, arrival(t, n, "Warning"))
+	}
+	if asked := k.asked.Load(); asked == 0 || asked > 4 {
+		t.Errorf("it was stored %d times in 1.5 s", asked)
+	}
+	eventually(t, "all routed", func() bool { return other.len() == n && b.Unrouted() == 0 })
+}

@@ -25,6 +25,10 @@ const (
 	// notePosition is how often the router's position is stored. A crash routes the
 	// alerts of the last such while again; their steps are refused as there already.
 	notePosition = 50 * time.Millisecond
+	// noteRest is for how many times as long as that took it is left alone then, up to
+	// noteMost: of much that was counted, each time all of what changed is stored.
+	noteRest = 20
+	noteMost = time.Second
 	// unstoredEvery is how often it is said that this, or what is to be kept, could not
 	// be stored.
 	unstoredEvery = 10 * time.Second

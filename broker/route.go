@@ -143,6 +143,7 @@ type settler struct {
 	js     jetstream.JetStream // for steps
 	keeper Keeper              // or nil
 	noted  uint64              // the position that is stored
+	again  time.Time           // before which the position is not stored again
 	said   time.Time           // when it was said that something could not be stored
 }
 
@@ -156,7 +157,12 @@ func (s *settler) run(ctx context.Context, window <-chan routing) error {
 	for {
 		select {
 		case <-tick.C:
+			began := time.Now()
+			if began.Before(s.again) {
+				continue
+			}
 			s.note(ctx)
+			s.again = time.Now().Add(min(noteRest*time.Since(began), noteMost))
 		case r, ok := <-window:
 			if !ok {
 				return nil
