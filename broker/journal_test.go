@@ -183,6 +183,13 @@ func TestABrokenJournalIsSeen(t *testing.T) {
 		{"repeat one", func(all []*nats.Msg) []*nats.Msg { return slices.Insert(all, 6, all[5]) }, 6, ""},
 		{"another responder", func(all []*nats.Msg) []*nats.Msg { all[6].Subject = broker.OutcomeSubject("slack"); return all }, 5, ""},
 		{"remove everything", func([]*nats.Msg) []*nats.Msg { return nil }, 1, "numbers 1 to 21 are missing at the end"},
+		{"take the links from the beginning, and change it", func(all []*nats.Msg) []*nats.Msg {
+			for _, m := range all[:5] {
+				m.Header = nil
+				change(m)
+			}
+			return all
+		}, 1, "missing"},
 		{"remove the beginning", func(all []*nats.Msg) []*nats.Msg { return all[5:] }, 0, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {

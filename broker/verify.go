@@ -134,6 +134,7 @@ type verifier struct {
 	found   bool // want
 	of      map[string]*chain
 	gaps    []gap
+	begin   uint64 // what has a smaller number may have gone by age or size
 	at      about
 	carried Head // the last that was carried, as it was in memory
 	breaks  []Break
@@ -170,6 +171,14 @@ func (c *verifier) add(m jetstream.Msg) error {
 	case v.Outcomes == 0:
 		v.First, v.Since = Head{l.n, hash}, o.Time
 		c.look(Head{l.n - 1, l.prev})
+		c.begin = l.n
+		if v.Unchained > 0 && l.n > 1 {
+			// What stands before it has no place in the journal: either that is older
+			// than the journal, and then nothing that is younger went by age or size,
+			// or its links were taken away.
+			c.begin = 1
+			c.gaps = append(c.gaps, gap{1, l.n - 1, at})
+		}
 	case l.n <= v.Head.N:
 		c.broken(l.n, at, "number %d stands after number %d", l.n, v.Head.N)
 	case l.n > v.Head.N+1:
@@ -299,7 +308,7 @@ func (c *verifier) end(room int64, age time.Duration) {
 			continue
 		}
 		switch from := k.first.own.N; {
-		case from < v.First.N:
+		case from < c.begin:
 		case k.first.m <= k.floor:
 			explained = max(explained, from)
 		default:
@@ -307,7 +316,7 @@ func (c *verifier) end(room int64, age time.Duration) {
 		}
 	}
 	for _, k := range c.of {
-		if k.gone.N < v.First.N || k.seen > 0 && k.first.own.N >= k.gone.N && k.first.m <= k.floor {
+		if k.gone.N < c.begin || k.seen > 0 && k.first.own.N >= k.gone.N && k.first.m <= k.floor {
 			continue
 		}
 		c.broken(k.gone.N, k.by, "number %d of %s is missing: number %d names it", k.gone.N, k.name, k.by.n)
