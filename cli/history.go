@@ -34,7 +34,7 @@ the journal's head; who keeps that elsewhere (stoop logs it too), and gives it
 with --head later, sees also whether all was written anew.
 
 Exits with 1 if --verify found the journal broken.`,
-		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'\n  stoop history --verify --head 1042:9f86d08…",
+		Example: "  stoop history --since 1h\n  stoop history -o json | jq 'select(.status==\"done\")'\n  stoop history --verify --head \"$KEPT\"",
 		Args:    cobra.NoArgs,
 	}
 	data := dataFlag(cmd)

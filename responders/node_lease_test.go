@@ -337,7 +337,7 @@ func TestNodeLeaseWhileItLasts(t *testing.T) {
 	f := newFleet(t, numbered(100)...)
 	f.budget(0)
 	f.pod("node-001", "web-1", nil)
-	const beat = 100 * time.Millisecond
+	const beat = 250 * time.Millisecond
 	s, other := f.stoop("node-001", nil), f.stoop("node-002", nil)
 	drain := responders.NewDrain(s.env, beat, 20*beat)
 	ended := make(chan error, 1)

@@ -124,7 +124,9 @@ func TestARehearsalOfEveryResponder(t *testing.T) {
 	}
 	g := rehearsalGuards()
 	g.API, g.Local = responders.Limits{}, responders.Limits{}
-	r := responders.NewRehearsal(responders.All(), g)
+	elected := g
+	elected.Audit = responders.Alone{}
+	rehearsals := []*responders.Rehearsal{responders.NewRehearsal(responders.All(), g), responders.NewRehearsal(responders.All(), elected)}
 	would := map[string]bool{}
 	for i, line := range lines {
 		a, err := alert.Parse([]byte(line))
@@ -133,14 +135,16 @@ func TestARehearsalOfEveryResponder(t *testing.T) {
 		}
 		for _, e := range responders.All() {
 			for _, mode := range []broker.Mode{broker.Audit, broker.Enforce} {
-				got := r.Step(a, &broker.Step{
-					ID: fmt.Sprint(i, e.Name, mode), Rule: e.Name, Mode: mode, Target: a.Target(),
-					Action: broker.Action{Responder: e.Name, Params: json.RawMessage(`{}`)},
-				}, a.Time)
-				if got.Status == broker.Done || got.Status == broker.AwaitingApproval {
-					would[e.Name] = true
-				} else if got.Reason == "" || got.Guard == "" {
-					t.Errorf("%s for line %d: %+v", e.Name, i, got)
+				for _, r := range rehearsals {
+					got := r.Step(a, &broker.Step{
+						ID: fmt.Sprint(i, e.Name, mode), Rule: e.Name, Mode: mode, Target: a.Target(),
+						Action: broker.Action{Responder: e.Name, Params: json.RawMessage(`{}`)},
+					}, a.Time)
+					if got.Status == broker.Done || got.Status == broker.AwaitingApproval {
+						would[e.Name] = true
+					} else if got.Reason == "" || got.Guard == "" {
+						t.Errorf("%s for line %d: %+v", e.Name, i, got)
+					}
 				}
 			}
 		}
