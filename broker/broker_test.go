@@ -650,3 +650,29 @@ func TestWhatIsMuchIsKeptSeldom(t *testing.T) {
 	}
 	eventually(t, "all routed", func() bool { return other.len() == n && b.Unrouted() == 0 })
 }
+
+// What an earlier process left counts among what waits: so long as the router is not
+// through with it, no more comes in than the stream can keep.
+func TestWhatWasLeftCounts(t *testing.T) {
+	dir := t.TempDir()
+	b := brokertest.Open(t, broker.Config{Dir: dir})
+	const lag = 20_000
+	for i := 0; i < lag; i += 500 {
+		batch := make([]broker.Arrival, 500)
+		for j := range batch {
+			batch[j] = arrival(t, i+j, "Debug")
+		}
+		store(t, b, batch...)
+	}
+	b.Close()
+	b = brokertest.Open(t, broker.Config{Dir: dir})
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if n, err := b.Store(ctx, []broker.Arrival{arrival(t, lag, "Debug")}); n != 0 || err == nil {
+		t.Fatalf("%d were stored beyond what may wait: %v", n, err)
+	}
+	var other ids
+	start(t, func(ctx context.Context) error { return b.RouteAlerts(ctx, false, other.add, nil) })
+	store(t, b, arrival(t, lag, "Debug"))
+	eventually(t, "all routed", func() bool { return other.len() == lag+1 && b.Unrouted() == 0 })
+}

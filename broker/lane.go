@@ -65,7 +65,7 @@ type fed struct {
 }
 
 func (l *lane) full() bool {
-	return l.alerts.Load() >= maxLag || l.bytes.Load() >= l.most
+	return l.alerts.Load()+l.left.Load() >= maxLag || l.bytes.Load() >= l.most
 }
 
 func (l *lane) sent(size int64) {

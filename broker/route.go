@@ -219,6 +219,7 @@ func (s *settler) settle(ctx context.Context, batch []routing) error {
 		}
 		if r.caught {
 			s.lane.left.Store(0)
+			signal(s.lane.moved)
 		}
 	}
 	return nil
