@@ -333,7 +333,7 @@ func TestNodeLeaseOfItsOwn(t *testing.T) {
 // While one node is drained, no other is, however long that takes; and who lost
 // the Lease stops.
 func TestNodeLeaseWhileItLasts(t *testing.T) {
-	t.Parallel()
+	// Not beside others: who is kept waiting for a second loses the lease.
 	f := newFleet(t, numbered(100)...)
 	f.budget(0)
 	f.pod("node-001", "web-1", nil)
