@@ -58,8 +58,8 @@ packages: ## dist/*.deb and dist/*.rpm
 image: ## dist/stoop_VERSION_image.tar: an OCI layout for linux/amd64 and arm64
 	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) image
 
-release: ## all of it, the programs and SHA256SUMS, in dist/
-	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) all
+release: ## all of it, the programs and SHA256SUMS, in dist/; IMAGE is where the image is published
+	cd tools && $(GO) run ./release $(if $(VERSION),-version $(VERSION)) $(if $(IMAGE),-image $(IMAGE)) all
 
 test-release: ## that it is the same wherever it is built, and what is in it
 	cd tools && $(GO) test -count=1 -timeout 20m ./...

@@ -16,6 +16,9 @@ import (
 // chartVersion are the lines of Chart.yaml that a release sets.
 var chartVersion = regexp.MustCompile(`(?m)^(version|appVersion): .*$`)
 
+// localImage is what the chart's values have where nothing is published.
+const localImage = "localhost/stoop"
+
 // chart packs the Helm chart as helm package does, with the release's version,
 // and the same each time, which helm package is not.
 func (r *release) chart() error {
@@ -50,6 +53,13 @@ func (r *release) chart() error {
 					return fmt.Errorf("%s has %d lines of versions, not 2", path, n)
 				}
 				data = chartVersion.ReplaceAll(data, fmt.Appendf(nil, "${1}: %q", r.version))
+			}
+			if name == "values.yaml" {
+				was := []byte("\n  repository: " + localImage + "\n")
+				if n := bytes.Count(data, was); n != 1 {
+					return fmt.Errorf("%s names the image %s %d times, not once", path, localImage, n)
+				}
+				data = bytes.ReplaceAll(data, was, fmt.Appendf(nil, "\n  repository: %s\n", r.published))
 			}
 			return r.addData(t, "stoop/"+strings.ReplaceAll(name, string(filepath.Separator), "/"), bytes.Clone(data), 0o644)
 		})

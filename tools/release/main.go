@@ -34,11 +34,12 @@ func run(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("release", flag.ContinueOnError)
 	version := f.String("version", "", "the version (default: the commit's tag, or one that says that it has none)")
 	out := f.String("out", "", "the folder for what is made (default: dist, in stoop's folder)")
+	image := f.String("image", localImage, "where the image is published: the chart's default")
 	arches := f.String("arch", "amd64,arm64", "the architectures")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	r := &release{version: *version, out: *out, arches: strings.Split(*arches, ",")}
+	r := &release{version: *version, out: *out, arches: strings.Split(*arches, ","), published: *image}
 	if err := r.prepare(ctx); err != nil {
 		return err
 	}
@@ -64,13 +65,14 @@ func run(ctx context.Context, args []string) error {
 
 // release is one version of stoop while it is packed.
 type release struct {
-	version string    // without the v: 0.3.0
-	root    string    // stoop's folder
-	out     string    // where what is made goes
-	arches  []string  // Go's names
-	date    time.Time // the commit's: what every file in it is dated with
-	stage   string    // a folder for what is on its way
-	built   map[string]*built
+	version   string    // without the v: 0.3.0
+	root      string    // stoop's folder
+	out       string    // where what is made goes
+	arches    []string  // Go's names
+	published string    // where the image is
+	date      time.Time // the commit's: what every file in it is dated with
+	stage     string    // a folder for what is on its way
+	built     map[string]*built
 }
 
 // prepare finds out what is to be released.
