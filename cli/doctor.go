@@ -37,7 +37,7 @@ flags: it sees with its own eyes.
 
 Exits with 1 if something is missing that is needed. Warnings, and what can't be
 seen from here, change nothing.`,
-		Example: "  stoop doctor --rules rules.yaml\n  stoop doctor falco --falco falco.yaml --falco-version 0.44.1\n  kubectl exec ds/stoop -c stoop -- /usr/bin/stoop doctor",
+		Example: "  stoop doctor --rules rules.yaml\n  stoop doctor falco --falco falco.yaml --falco-version 0.44.1\n  kubectl exec -n stoop ds/stoop -c stoop -- /usr/bin/stoop doctor",
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.config, "config", "", "the configuration `FILE` (default\n"+defaultConfig+")")

@@ -52,7 +52,7 @@ with 1.`,
 		Args:    cobra.NoArgs,
 	}
 	data := dataFlag(cmd)
-	wait := cmd.Flags().Duration("wait", publishWait, "how long to wait for a stoop that is away")
+	wait := cmd.Flags().Duration("wait", publishWait, "`DURATION` to wait for a stoop that is away")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		h := &handover{data: *data, wait: *wait, stderr: p.stderr}
 		defer h.close()

@@ -96,14 +96,14 @@ everything happens but the acts.`,
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&f.config, "config", "", "the configuration (default "+defaultConfig+")")
-	fl.StringVar(&f.rules, "rules", defaultRules, "the rules")
+	fl.StringVar(&f.config, "config", "", "the configuration `FILE` (default "+defaultConfig+")")
+	fl.StringVar(&f.rules, "rules", defaultRules, "the rules `FILE`")
 	fl.StringVar(&f.mode, "mode", "", "audit or enforce (default: as configured, or audit)")
 	fl.StringVar(&f.pipe, "pipe", "", "read the FIFO `PATH`; created if missing")
 	fl.BoolVar(&f.stdin, "stdin", false, "read standard input, and stop at its end")
 	fl.StringVar(&f.file, "file", "", "follow the file `PATH`")
-	fl.StringVar(&f.node, "node", "", "this node's name (default NODE_NAME, or the host's)")
-	fl.StringVar(&f.data, "data", "", "the data folder (default /var/lib/stoop)")
+	fl.StringVar(&f.node, "node", "", "this node's `NAME` (default NODE_NAME, or the host's)")
+	fl.StringVar(&f.data, "data", "", "the data `FOLDER` (default /var/lib/stoop)")
 	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "a kubeconfig `FILE` (default in a pod: its account)")
 	return cmd
 }
