@@ -29,7 +29,7 @@ func TestNodeProfile(t *testing.T) {
 	m.run("mount", "-o", "remount,bind,rw", freezer) // a host's own is not read-only
 	m.run("dpkg", "--install", packageOf(t, m, "deb", newer))
 	m.state("stoop.service", "active")
-	m.write("/etc/stoop/stoop.yaml", "mode: enforce\nnode: this-host\n")
+	m.write("/etc/stoop/stoop.yaml", "mode: enforce\nnode: this-host\nguard: {settle: 0s}\n")
 	m.write("/etc/stoop/rules.yaml", `mode: enforce
 rules:
   - name: contain
