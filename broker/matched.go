@@ -236,7 +236,7 @@ func (b *Broker) Kept(ctx context.Context, stream string, from uint64, since tim
 	size := 0
 	if err == nil {
 		err = b.drain(ctx, c, func(m jetstream.Msg) error {
-			if s := newStored(m); s != nil {
+			if s := newStored(m); s.ID != "" {
 				p.Alerts = append(p.Alerts, Kept{s.ID, s.Data, s.Received, s.Origin})
 			}
 			meta, err := m.Metadata()

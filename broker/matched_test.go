@@ -159,3 +159,15 @@ func TestParseKeptRefusesWhatIsNone(t *testing.T) {
 		}
 	}
 }
+
+// Lines that are no alerts lie among them, and no rule is tried on them.
+func TestLinesThatAreNoAlertsAreNotKept(t *testing.T) {
+	b := openStore(t, broker.Config{Dir: t.TempDir()})
+	defer b.Close()
+	a := arrival(t, 1, "Warning")
+	store(t, b, broker.Arrival{Unparsed: []byte("garbage"), Received: time.Now(), Origin: broker.OriginFIFO}, a)
+	all, _ := readKept(t, b, broker.StreamAlerts, time.Time{})
+	if len(all) != 1 || all[0].ID != a.Alert.ID {
+		t.Errorf("%+v is kept, want the alert alone", all)
+	}
+}
