@@ -129,16 +129,29 @@ func (a *Arrival) stored(seq uint64) *Stored {
 }
 
 func (b *Broker) message(a *Arrival) *nats.Msg {
-	m := &nats.Msg{Header: make(nats.Header, 3)}
-	m.Header[HeaderReceived] = []string{strconv.FormatInt(a.Received.UnixNano(), 10)}
-	m.Header[HeaderOrigin] = []string{string(a.Origin)}
 	if a.Alert == nil {
-		m.Subject, m.Data = alert.UnparsedSubject, a.Unparsed
-		return m
+		return &nats.Msg{Subject: alert.UnparsedSubject, Data: a.Unparsed, Header: stamp("", a.Received, a.Origin)}
 	}
-	m.Subject, m.Data = a.Alert.Subject(), a.Alert.Raw
-	m.Header[HeaderID] = []string{a.Alert.ID}
-	return m
+	return &nats.Msg{Subject: a.Alert.Subject(), Data: a.Alert.Raw, Header: stamp(a.Alert.ID, a.Received, a.Origin)}
+}
+
+// stamp is the headers of a stored alert, or, with no id, of a line that is none.
+func stamp(id string, received time.Time, origin Origin) nats.Header {
+	h := make(nats.Header, 3)
+	h[HeaderReceived] = []string{strconv.FormatInt(received.UnixNano(), 10)}
+	h[HeaderOrigin] = []string{string(origin)}
+	if id != "" {
+		h[HeaderID] = []string{id}
+	}
+	return h
+}
+
+// receivedAt is when an alert that was stored at a time arrived.
+func receivedAt(h nats.Header, stored time.Time) time.Time {
+	if ns, err := strconv.ParseInt(h.Get(HeaderReceived), 10, 64); err == nil {
+		return time.Unix(0, ns).UTC()
+	}
+	return stored
 }
 
 // seenMax is how many stored alerts are remembered from before a restart: more
@@ -294,9 +307,6 @@ func newStored(m jetstream.Msg) *Stored {
 		s.StoredAt = meta.Timestamp
 		s.Seq = meta.Sequence.Stream
 	}
-	s.Received = s.StoredAt
-	if ns, err := strconv.ParseInt(h.Get(HeaderReceived), 10, 64); err == nil {
-		s.Received = time.Unix(0, ns).UTC()
-	}
+	s.Received = receivedAt(h, s.StoredAt)
 	return s
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
-	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -41,10 +39,7 @@ func (b *Broker) LastAlert(ctx context.Context) (*Arrival, error) {
 			if err != nil {
 				continue
 			}
-			got := m.Time
-			if ns, err := strconv.ParseInt(m.Header.Get(HeaderReceived), 10, 64); err == nil {
-				got = time.Unix(0, ns).UTC()
-			}
+			got := receivedAt(m.Header, m.Time)
 			if last == nil || got.After(last.Received) {
 				last = &Arrival{Alert: a, Received: got, Origin: Origin(m.Header.Get(HeaderOrigin))}
 			}

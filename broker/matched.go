@@ -55,15 +55,7 @@ type matched struct {
 }
 
 func (b *Broker) matchedStreams() []jetstream.StreamConfig {
-	var urgent, other []string
-	for _, p := range alert.Priorities() {
-		s := matchedPrefix + p.String() + ".>"
-		if p.Urgent() {
-			urgent = append(urgent, s)
-		} else {
-			other = append(other, s)
-		}
-	}
+	urgent, other := subjects(matchedPrefix)
 	size := b.cfg.MatchedSize
 	limit := func(size int64) int64 { return max(1, size/matchedRoom) }
 	return []jetstream.StreamConfig{
@@ -91,9 +83,7 @@ func (b *Broker) KeepMatched(s *Stored, a *alert.Alert) {
 		b.unkept()
 		return
 	}
-	m := &nats.Msg{Subject: matchedPrefix + strings.TrimPrefix(a.Subject(), "falco."), Data: s.Data, Header: nats.Header{
-		HeaderID: {s.ID}, HeaderOrigin: {string(s.Origin)}, HeaderReceived: {strconv.FormatInt(s.Received.UnixNano(), 10)},
-	}}
+	m := &nats.Msg{Subject: matchedPrefix + strings.TrimPrefix(a.Subject(), "falco."), Data: s.Data, Header: stamp(s.ID, s.Received, s.Origin)}
 	select {
 	case k.ch <- m:
 		k.bytes.Add(size)

@@ -36,6 +36,19 @@ const (
 	stateSize  = 64 << 20
 )
 
+// subjects are those below prefix of the priorities from Critical on, and of the others.
+func subjects(prefix string) (urgent, other []string) {
+	for _, p := range alert.Priorities() {
+		s := prefix + p.String() + ".>"
+		if p.Urgent() {
+			urgent = append(urgent, s)
+		} else {
+			other = append(other, s)
+		}
+	}
+	return urgent, other
+}
+
 func (b *Broker) createStreams(ctx context.Context) error {
 	if b.cfg.ReadOnly {
 		kv, err := b.js.KeyValue(ctx, BucketState)
@@ -49,15 +62,7 @@ func (b *Broker) createStreams(ctx context.Context) error {
 	if b.cfg.memory() {
 		storage = jetstream.MemoryStorage
 	}
-	var urgent, other []string
-	for _, p := range alert.Priorities() {
-		s := "falco." + p.String() + ".>"
-		if p.Urgent() {
-			urgent = append(urgent, s)
-		} else {
-			other = append(other, s)
-		}
-	}
+	urgent, other := subjects("falco.")
 	other = append(other, alert.UnparsedSubject)
 	streams := []jetstream.StreamConfig{
 		{
